@@ -1,0 +1,94 @@
+"""The problems that are timed: what a case is, what it costs, and the suites made of cases."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Work of a direction: the forward pass is two matrix products, the backward pass five.
+_PASSES = {"fwd": 1.0, "bwd": 2.5, "fwdbwd": 3.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, named as in the columns of the result files. Lengths are tokens a sequence."""
+
+    suite: str  # prefill, cpu or overhead; accuracy for cases that are not timed
+    direction: str  # fwd, bwd or fwdbwd
+    dtype: str  # a key of DTYPES
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads_q: int
+    heads_k: int
+    head_dim: int
+    causal: bool
+    variant: str = "plain"
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the two matrix products; causal is half, exactly."""
+        forward = 4 * self.batch * self.heads_q * self.seqlen_q * self.seqlen_k * self.head_dim
+        return forward * _PASSES[self.direction] * (0.5 if self.causal else 1.0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V, each read once."""
+        tokens = self.batch * self.seqlen_k
+        return 2 * tokens * self.heads_k * self.head_dim * DTYPES[self.dtype].itemsize
+
+    def inputs(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v of shape (batch, seqlen, heads, head_dim), normally distributed, seeded."""
+        torch.manual_seed(0)
+        shape_q = (self.batch, self.seqlen_q, self.heads_q, self.head_dim)
+        shape_k = (self.batch, self.seqlen_k, self.heads_k, self.head_dim)
+        gradients = self.direction != "fwd"
+        options = dict(device=device, dtype=DTYPES[self.dtype], requires_grad=gradients)
+        q, k, v = (torch.randn(shape, **options) for shape in (shape_q, shape_k, shape_k))
+        return q, k, v
+
+    def __str__(self) -> str:
+        lengths, heads = pair(self.seqlen_q, self.seqlen_k), pair(self.heads_q, self.heads_k)
+        shape = f"B={self.batch} S={lengths} H={heads} D={self.head_dim}"
+        return f"{self.direction} {self.dtype} {shape} {'causal' if self.causal else 'full'}"
+
+
+def pair(queries: int, keys: int) -> str:
+    """A number of the queries and of the keys, once where they are equal."""
+    return str(queries) if queries == keys else f"{queries}/{keys}"
+
+
+def square(suite: str, direction: str, dtype: str, shape: tuple[int, ...], causal: bool) -> Case:
+    """A case with as many keys as queries; shape is (batch, seqlen, heads, head_dim)."""
+    batch, seqlen, heads, head_dim = shape
+    return Case(suite, direction, dtype, batch, seqlen, seqlen, heads, heads, head_dim, causal)
+
+
+def classic(device: str) -> list[Case]:
+    """The case that FlashAttention's readers know, without and with the causal mask."""
+    kind, shape = ("prefill", "fwd", "fp16"), (10, 4096, 28, 128)
+    if device == "cpu":
+        kind, shape = ("cpu", "fwd", "fp32"), (2, 1024, 12, 64)
+    return [square(*kind, shape, causal) for causal in (False, True)]
+
+
+def sweep(device: str) -> Iterator[Case]:
+    """Head dims, masks and lengths: 16k tokens and hidden size 2048 on a GPU, less on a CPU."""
+    if device == "cpu":
+        for direction in ("fwd", "fwdbwd"):
+            for causal in (False, True):
+                for seqlen in (512, 1024, 4096):
+                    yield square("cpu", direction, "fp32", (1, seqlen, 8, 64), causal)
+        return
+    for head_dim in (64, 128, 256):
+        for causal in (False, True):
+            for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
+                shape = (16384 // seqlen, seqlen, 2048 // head_dim, head_dim)
+                yield square("prefill", "fwd", "bf16", shape, causal)
+
+
+def overhead(device: str) -> list[Case]:
+    """A problem so small that the time of a call is what the host spends on it."""
+    dtype = "fp32" if device == "cpu" else "bf16"
+    return [square("overhead", "fwd", dtype, (1, 128, 4, 64), False)]

@@ -1,0 +1,76 @@
+"""How far an implementation is from the oracle.
+
+The rule: at most twice as far as plain PyTorch operations in the same data type, plus 1e-5.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from benchmark.cases import Case
+from benchmark.peers import Implementations
+from mini_flash_attention import reference
+
+_ROWS = 1024  # query rows that the oracle computes at a time, so that 16k keys need 64 MB a head
+
+
+def cases(device: str) -> Iterable[Case]:
+    """Full tiles and ragged ones, more and fewer keys than queries, GQA groups of 1, 3 and 6."""
+    names, head_dims = (("fp32", "bf16"), (64,)) if device == "cpu" else (("bf16",), (64, 128, 256))
+    kinds = [(name, head_dim) for name in names for head_dim in head_dims]
+    if device != "cpu":
+        kinds.append(("fp16", 128))
+    for dtype, head_dim in kinds:
+        for causal in (False, True):
+            for seqlen_q, seqlen_k, heads_k in ((512, 512, 6), (113, 203, 2), (1023, 511, 1)):
+                shape = (2, seqlen_q, seqlen_k, 6, heads_k, head_dim)
+                yield Case("accuracy", "fwd", dtype, *shape, causal)
+
+
+def check(device: str, implementations: Implementations) -> bool:
+    """Prints the largest error of ours over all cases; False if one breaks the rule."""
+    ours = {name: impl for name, impl in implementations.items() if name.startswith("mini")}
+    worst = dict.fromkeys(ours, (0.0, "none"))  # (error / allowed, where)
+    for case in cases(device):
+        q, k, v = case.inputs(device)
+        exact = oracle(q, k, v, case.causal)
+        plain, _ = reference.attention(q, k, v, window_right=0 if case.causal else None)
+        allowed = 2 * distance(plain, exact) + 1e-5
+        for name, impl in ours.items():
+            with impl.scope():
+                error = distance(impl.call(q, k, v, case.causal), exact)
+            entry = (error / allowed, f"{case}: {error:.2e} of {allowed:.2e} allowed")
+            worst[name] = max(worst[name], entry)
+    for name, (ratio, where) in worst.items():
+        print(f"  {name:10s} {'ok   ' if ratio <= 1 else 'WRONG'} nearest to the limit: {where}")
+    return all(ratio <= 1 for ratio, _ in worst.values())
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The output in fp32 (fp64 for fp32 inputs), a block of query rows at a time.
+
+    Causal rows are aligned at the bottom right, so the rows up to `stop` see exactly what they
+    would see if the keys ended where the last of them stops.
+    """
+    dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    blocks = []
+    for start in range(0, seqlen_q, _ROWS):
+        stop = min(start + _ROWS, seqlen_q)
+        keys = max(0, stop + seqlen_k - seqlen_q) if causal else seqlen_k
+        right = 0 if causal else None
+        block = (q[:, start:stop], k[:, :keys], v[:, :keys])
+        blocks.append(reference.attention(*block, window_right=right, dtype=dtype)[0])
+    return torch.cat(blocks, dim=1)
+
+
+def one_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first head of the first sequence: enough for an error, and affordable at any size."""
+    return q[:1, :, :1], k[:1, :, :1], v[:1, :, :1]
+
+
+def distance(out: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference; NaN counts as infinite."""
+    difference = (out.to(exact.dtype) - exact).abs().max().item()
+    return difference if difference == difference else float("inf")

@@ -1,0 +1,102 @@
+"""The result files: one row a measurement, appended and never edited."""
+
+import csv
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmark.cases import Case
+from benchmark.machine import Run
+from benchmark.timing import Timing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. The fields are the columns of the CSV files, in their order."""
+
+    date: str
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    cutlass_dsl: str
+    suite: str
+    direction: str
+    variant: str
+    dtype: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads_q: int
+    heads_k: int
+    head_dim: int
+    causal: int
+    impl: str
+    ms: float
+    spread: float
+    tflops: float | None
+    gbps: float | None
+    max_error: float | None
+
+
+HEADER = [field.name for field in fields(Row)]
+
+
+class Metric(NamedTuple):
+    """How the rows of a suite are shown, and which end of the scale is the better one."""
+
+    unit: str
+    of: Callable[[Row], float]
+    digits: int
+    best: Callable[[Iterable[float]], float]
+
+
+METRICS = {
+    "prefill": Metric("TFLOP/s", lambda row: row.tflops, 0, max),
+    "cpu": Metric("ms", lambda row: row.ms, 1, min),
+    "overhead": Metric("µs", lambda row: 1e3 * row.ms, 1, min),
+}
+
+
+def row(run: Run, case: Case, impl: str, timing: Timing, max_error: float | None) -> Row:
+    """Puts a measurement together. An overhead has no throughput."""
+    rates = {"tflops": None, "gbps": None}
+    if case.suite != "overhead":
+        rates["tflops"] = case.flops / timing.ms / 1e9
+        rates["gbps"] = case.kv_bytes / timing.ms / 1e6
+    facts = asdict(run) | asdict(case) | timing._asdict() | rates
+    return Row(**facts | {"causal": int(case.causal), "impl": impl, "max_error": max_error})
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a file, which gets its header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writerow(HEADER)
+        writer.writerows([_text(value) for value in asdict(one).values()] for one in rows)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; ValueError if its header is another."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != HEADER:
+            raise ValueError(f"{path}: the header must be {','.join(HEADER)}")
+        return [
+            Row(**{f.name: _parse(f.type, line[f.name]) for f in fields(Row)}) for line in reader
+        ]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _parse(kind: type, text: str) -> object:
+    if kind in (str, int, float):
+        return kind(text)
+    return float(text) if text else None

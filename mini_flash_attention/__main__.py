@@ -1,0 +1,113 @@
+"""`python -m mini_flash_attention precompile` fills the cache; `... env` is for bug reports."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+import mini_flash_attention
+from mini_flash_attention import cache, compile, config
+
+DTYPES = ["float16", "bfloat16"]
+MASKS = ["full", "causal", "window"]
+
+
+def main() -> None:
+    """Runs the command that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m mini_flash_attention")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser(
+        "precompile",
+        help="compile kernels ahead of time, for any GPU, without a GPU",
+        description="Compiles forward kernels into the cache, for every path that runs on these "
+        "architectures. Without options: head dims 64 and 128, both dtypes, full and causal.",
+    )
+    command.set_defaults(run=precompile)
+    command.add_argument("--arch", nargs="+", help="such as sm_90a; by default the GPU here")
+    command.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], metavar="D")
+    command.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    command.add_argument("--mask", nargs="+", choices=MASKS, default=["full", "causal"])
+    command.add_argument("--all", action="store_true", help="every kernel, whatever else is given")
+    command.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
+
+    command = commands.add_parser("env", help="print versions, GPUs and the state of the cache")
+    command.set_defaults(run=show_environment)
+
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def precompile(arguments: argparse.Namespace) -> None:
+    """Compiles what the command line asks for and the cache lacks."""
+    if not arguments.arch and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here: say which, for example --arch sm_90a")
+    try:
+        archs = arguments.arch or [config.gpu_arch(torch.device("cuda"))]
+        configs = [c for arch in archs for c in config.forward_configs(arch)]
+        if not arguments.all:
+            configs = _chosen(configs, arguments)
+        compiled = compile.precompile(configs, arguments.jobs)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"{compiled} kernels compiled, {len(configs) - compiled} were in {cache.directory()}")
+
+
+def _chosen(
+    configs: list[config.ForwardConfig], arguments: argparse.Namespace
+) -> list[config.ForwardConfig]:
+    available = sorted({c.head_dim for c in configs})
+    if max(arguments.head_dim) > available[-1]:
+        raise ValueError(f"--head-dim is at most {available[-1]}, not {max(arguments.head_dim)}")
+    head_dims = {min(b for b in available if b >= d) for d in arguments.head_dim}
+    return [
+        c
+        for c in configs
+        if c.head_dim in head_dims and c.dtype in arguments.dtype and c.mask in arguments.mask
+    ]
+
+
+def show_environment(_: argparse.Namespace) -> None:
+    """Prints what a bug report should contain."""
+    _show("mini-flash-attention", mini_flash_attention.__version__)
+    _show("Python", f"{platform.python_version()}, {platform.platform()}")
+    _show("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
+    for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi", "apache-tvm-ffi-orcjit", "flash-attn"):
+        _show(package, _version(package))
+    _show("driver", _driver())
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        _show(f"GPU {i}", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {memory}")
+    _show("backend", os.environ.get("MINI_FLASH_ATTENTION_BACKEND", "chosen by the device"))
+    _show("linker", shutil.which("ld") or shutil.which("cc") or "none")
+    sizes = [path.stat().st_size for path in cache.entries()]
+    _show("cache", f"{cache.directory()}: {len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB")
+
+
+def _show(name: str, value: str) -> None:
+    print(f"{name:<22}{value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    cuda = compile.driver_cuda_version()
+    if cuda is None:
+        return "none"
+    version = Path("/sys/module/nvidia/version")
+    number = version.read_text().strip() if version.exists() else "of an unknown version"
+    return f"{number}, up to CUDA {cuda[0]}.{cuda[1]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Which backend serves a problem, and the call of its kernel."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mini_flash_attention import compile, config, cpu
+from mini_flash_attention.problem import Problem
+
+ELEMENTS = 8  # of a 16-byte chunk: the kernels want head dims, strides and addresses in multiples of it
+
+
+def backend(problem: Problem) -> str:
+    """"cpu", "sm80" or "sm90": forced by MINI_FLASH_ATTENTION_BACKEND, otherwise the best for the tensors' device."""
+    return choose(problem.device, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
+
+
+@functools.cache
+def choose(device: torch.device, forced: str | None) -> str:
+    if forced not in (None, "", "cpu", "sm80", "sm90"):
+        raise ValueError(
+            f"MINI_FLASH_ATTENTION_BACKEND must be cpu, sm80 or sm90, but was {forced!r}"
+        )
+    if forced == "cpu" or (device.type != "cuda" and not forced):
+        return "cpu"
+    if device.type != "cuda":
+        raise ValueError(
+            f"MINI_FLASH_ATTENTION_BACKEND={forced} needs tensors on a CUDA device, but they are on {device}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise RuntimeError(
+            f"mini-flash-attention needs a GPU of compute capability 8.0 (Ampere) or newer, but {device} "
+            f"({torch.cuda.get_device_name(device)}) has {capability[0]}.{capability[1]}; "
+            "MINI_FLASH_ATTENTION_BACKEND=cpu runs on it with PyTorch operations"
+        )
+    paths = config.paths(config.gpu_arch(capability))
+    if forced and forced not in paths:
+        raise RuntimeError(f"MINI_FLASH_ATTENTION_BACKEND={forced} does not run on {device}")
+    return forced or paths[0]
+
+
+def forward(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: int | None,
+) -> tuple[Tensor, Tensor]:
+    """out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q)."""
+    path = backend(problem)
+    if path == "cpu":
+        with torch.autocast(problem.device.type, enabled=False):
+            return cpu.forward(problem, q, k, v, alibi_slopes, seed)
+    plan = forward_plan(problem, path)
+    if plan.launch is None:
+        return empty_result(q)
+    if not (plan.simple and ready(q) and ready(k) and ready(v)):
+        return forward_copied(plan, problem, q, k, v)
+    return plan.run(q, k, v)
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    if backend(problem) != "cpu":
+        raise NotImplementedError(
+            "backward: gradients on the GPU are not implemented yet; MINI_FLASH_ATTENTION_BACKEND=cpu has them"
+        )
+    with torch.autocast(problem.device.type, enabled=False):
+        return cpu.backward(problem, dout, dlse, q, k, v, out, lse, alibi_slopes, seed)
+
+
+class ForwardPlan(NamedTuple):
+    """A kernel and the numbers it takes, for all calls of one problem."""
+
+    launch: Callable | None  # None: nothing to compute
+    simple: bool  # no copy is needed but for strides
+    device: int
+    numbers: tuple[float | int, ...]
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        batch, seqlen_q, heads, _ = q.shape
+        out = torch.empty_like(q)
+        lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+        if torch.cuda.current_device() == self.device:
+            self.launch(q, k, v, out, lse, *self.numbers)
+        else:
+            with torch.cuda.device(self.device):
+                self.launch(q, k, v, out, lse, *self.numbers)
+        return out, lse
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_plan(problem: Problem, path: str) -> ForwardPlan:
+    check_supported(problem)
+    if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
+        return ForwardPlan(None, True, problem.device.index, ())
+    properties = torch.cuda.get_device_properties(problem.device)
+    row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
+    right = problem.seqlen_k if problem.window_right is None else problem.window_right
+    numbers = (
+        abs(problem.softmax_scale) or 1.0,
+        problem.window_left or 0,
+        right,
+        swath(row, problem, properties.multi_processor_count),
+    )
+    simple = problem.softmax_scale > 0 and problem.head_dim % ELEMENTS == 0
+    return ForwardPlan(compile.get(row), simple, problem.device.index, numbers)
+
+
+def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConfig:
+    """The static facts of a problem, and nothing else of it: what is compiled."""
+    if problem.window_left is not None:
+        mask = "window"
+    else:
+        mask = "full" if problem.window_right is None else "causal"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return config.forward(path, arch, dtype, config.bucket(problem.head_dim), mask)
+
+
+def check_supported(problem: Problem) -> None:
+    """Raise NotImplementedError for what the GPU kernels do not do, naming the argument."""
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        raise NotImplementedError(
+            f"q: the GPU kernels take float16 and bfloat16, not {problem.dtype}; "
+            "MINI_FLASH_ATTENTION_BACKEND=cpu takes it"
+        )
+    for name, wanted in (
+        ("dropout_p", problem.dropout_p > 0),
+        ("softcap", problem.softcap > 0),
+        ("alibi_slopes", problem.alibi),
+    ):
+        if wanted:
+            raise NotImplementedError(
+                f"{name} is not implemented on the GPU yet; MINI_FLASH_ATTENTION_BACKEND=cpu has it"
+            )
+
+
+def swath(row: config.ForwardConfig, problem: Problem, num_sms: int) -> int:
+    """How many heads to walk together (kernels/scheduler.py).
+
+    Few enough that several thread blocks read the same keys at a time, enough that the last swath's short tiles even out
+    its long ones (4 tiles an SM); all swaths of nearly one size. Measured on an H100: docs/worklog.md.
+    """
+    tiles = -(-problem.seqlen_q // row.tile_m)
+    heads = problem.batch * problem.heads_q
+    size = min(32, max(1, round(4 * num_sms / tiles)))
+    return -(-heads // max(1, round(heads / size)))
+
+
+def ready(x: Tensor) -> bool:
+    """Whether the kernels can read x where it lies."""
+    batch, seqlen, heads, unit = x.stride()
+    return unit == 1 and not ((batch | seqlen | heads) % ELEMENTS or x.data_ptr() % 16)
+
+
+def forward_copied(
+    plan: ForwardPlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Through copies: head dims padded to a multiple of 8, strides that TMA and 16-byte loads can't follow, scales <= 0."""
+    if problem.softmax_scale <= 0:  # the kernels take the maximum before they scale
+        q = q * -1.0 if problem.softmax_scale < 0 else torch.zeros_like(q)
+    padding = -problem.head_dim % ELEMENTS
+    if padding:
+        q, k, v = (torch.nn.functional.pad(x, (0, padding)) for x in (q, k, v))
+    q, k, v = (
+        x if ready(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)
+    )
+    out, lse = plan.run(q, k, v)
+    return out[..., : problem.head_dim], lse
+
+
+def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
+    """No keys (or no queries): out 0, LSE -inf."""
+    batch, seqlen_q, heads, _ = q.shape
+    lse = q.new_full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float32)
+    return torch.zeros_like(q), lse

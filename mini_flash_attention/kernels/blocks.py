@@ -1,0 +1,57 @@
+"""Which blocks meet: plain integer arithmetic, on Python integers (CPU backend, tests) and on those of a kernel being traced.
+
+Row i may see key j when -window_left <= j - (i + seqlen_k - seqlen_q) <= window_right; None is no limit. Ranges are
+half-open, (first, last) with first <= last.
+"""
+
+
+def smaller(a, b):
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    import cutlass
+
+    return cutlass.min(a, b)
+
+
+def larger(a, b):
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    import cutlass
+
+    return cutlass.max(a, b)
+
+
+def ceil_div(a, b):
+    """For a >= 0: a kernel's division truncates."""
+    return (a + b - 1) // b
+
+
+def key_blocks(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
+    """The key blocks that hold a key visible to some row of query block m_block."""
+    diagonal = m_block * tile_m + seqlen_k - seqlen_q  # of the first row
+    first, end = 0, seqlen_k
+    if window_right is not None:
+        end = larger(0, smaller(end, smaller(diagonal + tile_m, seqlen_k) + window_right))
+    last = ceil_div(end, tile_n)
+    if window_left is not None:
+        first = smaller(larger(0, diagonal - window_left) // tile_n, last)
+    return first, last
+
+
+def unmasked_blocks(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
+    """Those of key_blocks that every row of query block m_block sees whole."""
+    diagonal = m_block * tile_m + seqlen_k - seqlen_q
+    window = window_left, window_right
+    first, last = key_blocks(m_block, tile_m, tile_n, seqlen_q, seqlen_k, *window)
+    last = smaller(last, seqlen_k // tile_n)
+    if window_right is not None:
+        last = smaller(last, larger(0, diagonal + window_right + 1) // tile_n)
+    if window_left is not None:
+        whole = larger(0, diagonal + tile_m - 1 - window_left)
+        first = smaller(larger(first, ceil_div(whole, tile_n)), last)
+    return first, last
+
+
+def query_blocks(n_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
+    """The query blocks that hold a row which sees some key of block n_block: the same window, seen from the keys."""
+    return key_blocks(n_block, tile_n, tile_m, seqlen_k, seqlen_q, window_right, window_left)

@@ -1,0 +1,125 @@
+"""SM80 building blocks: cp.async loads with bounds, ldmatrix, mma.sync."""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import LoadCacheMode, cpasync, warp
+
+
+def make_tiled_mma(dtype: type, warps: int) -> cute.TiledMma:
+    """mma.sync.m16n8k16 with float32 accumulators; each warp has its own 16 rows of A, all share B."""
+    op = warp.MmaF16BF16Op(dtype, Float32, (16, 8, 16))
+    return cute.make_tiled_mma(op, (warps, 1, 1), permutation_mnk=(16 * warps, 16, 16))
+
+
+def make_tiled_load(dtype: type, threads: int, head_dim: int) -> cute.TiledCopy:
+    """cp.async of 16 bytes for each thread; neighbours take neighbouring chunks of a row."""
+    op = cpasync.CopyG2SOp(cache_mode=LoadCacheMode.GLOBAL)
+    atom = cute.make_copy_atom(op, dtype, num_bits_per_copy=128)
+    chunks = 8 if head_dim % 64 == 0 else 4  # of a row, side by side
+    return cute.make_tiled_copy_tv(
+        atom,
+        cute.make_layout((threads // chunks, chunks), stride=(chunks, 1)),
+        cute.make_layout((1, 8)),
+    )
+
+
+@cute.jit
+def opaque(x: Int32) -> Int32:
+    """x, of which the compiler knows nothing: what depends on it is worked out here, not earlier and kept in a register."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x]
+    )
+
+
+@cute.jit
+def load_tile(
+    tiled_load: cute.TiledCopy,
+    gX: cute.Tensor,
+    sX: cute.Tensor,
+    rows: Int32 | None,
+    cols: Int32,
+    tidx: Int32,
+):
+    """Start copying the tile gX to sX; what lies beyond `rows` (None: the tile is whole) and `cols` becomes zero."""
+    thr_load = tiled_load.get_slice(opaque(tidx))
+    tXgX, tXsX = thr_load.partition_S(gX), thr_load.partition_D(sX)  # (8, M, K)
+    tXcX = thr_load.partition_S(cute.make_identity_tensor(gX.shape))
+    inside = cute.make_rmem_tensor((1, *tXcX.shape[1:]), Boolean)
+    for m in cutlass.range_constexpr(cute.size(tXcX, mode=[1])):
+        for k in cutlass.range_constexpr(cute.size(tXcX, mode=[2])):
+            row, col = tXcX[0, m, k]
+            inside[0, m, k] = col < cols
+            if const_expr(rows is not None):
+                inside[0, m, k] = row < rows and col < cols
+    cute.copy(tiled_load, tXgX, tXsX, pred=inside)
+
+
+class Operand(NamedTuple):
+    """One operand of a product: its registers and, unless it was computed there, where ldmatrix fetches them from."""
+
+    fragment: cute.Tensor  # (MMA, M or N, K)
+    copy: cute.TiledCopy | None = None
+    target: cute.Tensor | None = None  # (COPY, M or N, K): the fragment's registers
+    source: cute.Layout | None = None  # (COPY, M or N, K) -> offset from address, before the swizzle
+    address: Int32 | None = None  # in shared memory, of this lane's element (0, 0, 0), swizzled
+
+
+def operand(copy: cute.TiledCopy, fragment: cute.Tensor, sX: cute.Tensor, tidx: Int32) -> Operand:
+    thr_copy = copy.get_slice(tidx)
+    source = thr_copy.partition_S(sX)
+    start = source.iterator.toint()
+    rows_xor_chunks = 0x70 if cute.size(sX, mode=[1]) % 64 == 0 else 0x30  # swizzles of 128 and 64 bytes
+    address = start ^ ((start >> 3) & rows_xor_chunks)
+    return Operand(fragment, copy, thr_copy.retile(fragment), source.layout, address)
+
+
+def operand_A(tiled_mma: cute.TiledMma, sA: cute.Tensor, tidx: Int32) -> Operand:
+    """sA: (M, K)."""
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), sA.element_type)
+    thr_mma = tiled_mma.get_slice(tidx)
+    fragment = thr_mma.make_fragment_A(thr_mma.partition_A(sA))
+    return operand(cute.make_tiled_copy_A(atom, tiled_mma), fragment, sA, tidx)
+
+
+def operand_B(tiled_mma: cute.TiledMma, sB: cute.Tensor, tidx: Int32, transpose: bool) -> Operand:
+    """sB: (N, K); transpose: N is the contiguous mode (V)."""
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose, 4), sB.element_type)
+    thr_mma = tiled_mma.get_slice(tidx)
+    fragment = thr_mma.make_fragment_B(thr_mma.partition_B(sB))
+    return operand(cute.make_tiled_copy_B(atom, tiled_mma), fragment, sB, tidx)
+
+
+@cute.jit
+def fetch(x: Operand, address: Int32, k: cutlass.Constexpr):
+    """Move slice k of an operand from shared memory to registers.
+
+    The swizzle XORs bits 7-9 of an address into bits 4-6. A lane's first address has zeros in bits 5 and 6, so the low bits
+    of an offset can be XORed to the swizzled address, the others added: one register serves all slices.
+    """
+    for i in cutlass.range_constexpr(cute.size(x.source, mode=[1])):
+        offset = 2 * cute.crd2idx((0, i, k), x.source)  # bytes
+        low = offset % 1024
+        pointer = cute.make_ptr(
+            x.fragment.element_type,
+            (address ^ low) + (offset - low),
+            cute.AddressSpace.smem,
+            assumed_align=16,
+        )
+        rows = cute.make_tensor(pointer, cute.slice_(x.source, (None, 0, 0)))
+        cute.copy(x.copy, rows, x.target[None, i, k])
+
+
+@cute.jit
+def gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, a: Operand, b: Operand):
+    """acc += A·B in slices of 16; the compiler moves the fetches up as far as registers allow."""
+    if const_expr(a.copy is not None):
+        address_a = opaque(a.address)
+    address_b = opaque(b.address)
+    for k in cutlass.range_constexpr(cute.size(a.fragment, mode=[2])):
+        if const_expr(a.copy is not None):
+            fetch(a, address_a, k)
+        fetch(b, address_b, k)
+        cute.gemm(tiled_mma, acc, a.fragment[None, None, k], b.fragment[None, None, k], acc)

@@ -1,0 +1,46 @@
+"""Index arithmetic, against the definition, exhaustively over small sizes."""
+
+import itertools
+
+import pytest
+
+from mini_flash_attention.kernels.blocks import key_blocks, query_blocks, unmasked_blocks
+
+LIMITS = (None, 0, 1, 3, 9)
+
+
+def visible(i, j, seqlen_q, seqlen_k, left, right):
+    offset = j - (i + seqlen_k - seqlen_q)
+    return (left is None or offset >= -left) and (right is None or offset <= right)
+
+
+@pytest.mark.parametrize("tile_m,tile_n", list(itertools.product((1, 2, 3), (1, 2, 3))))
+def test_ranges_match_their_definition(tile_m, tile_n):
+    for seqlen_q, seqlen_k in itertools.product(range(1, 9), range(9)):
+        for left, right in itertools.product(LIMITS, LIMITS):
+            sizes = (seqlen_q, seqlen_k, left, right)
+            arguments = (tile_m, tile_n, *sizes)
+            m_blocks, n_blocks = -(-seqlen_q // tile_m), -(-seqlen_k // tile_n)
+
+            def meets(m, n):
+                rows = range(m * tile_m, min(seqlen_q, (m + 1) * tile_m))  # noqa: B023
+                keys = range(n * tile_n, min(seqlen_k, (n + 1) * tile_n))  # noqa: B023
+                return any(visible(i, j, *sizes) for i in rows for j in keys)  # noqa: B023
+
+            def whole(m, n):
+                rows, keys = range(m * tile_m, (m + 1) * tile_m), range(n * tile_n, (n + 1) * tile_n)  # noqa: B023
+                return keys.stop <= seqlen_k and all(  # noqa: B023
+                    visible(i, j, *sizes)  # noqa: B023
+                    for i in rows
+                    for j in keys
+                )
+
+            for m in range(m_blocks):
+                visited = range(*key_blocks(m, *arguments))
+                assert list(visited) == [n for n in range(n_blocks) if meets(m, n)]
+                free = range(*unmasked_blocks(m, *arguments))
+                assert list(free) == [n for n in visited if whole(m, n)]
+                assert visited.start <= free.start <= free.stop <= visited.stop
+            for n in range(n_blocks):
+                visited = range(*query_blocks(n, *arguments))
+                assert list(visited) == [m for m in range(m_blocks) if meets(m, n)]

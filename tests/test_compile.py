@@ -1,0 +1,165 @@
+"""What is compiled: every row of the tile tables, once, and without a stack."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("nvidia_cutlass_dsl") is None:
+    pytest.skip("CuTe DSL is not installed", allow_module_level=True)
+
+from cubin import resources
+from tiny import TinyConfig
+
+from mini_flash_attention import __main__, cache, compile, config, dispatch, flash_attn_func
+from mini_flash_attention.config import ForwardConfig
+from mini_flash_attention.problem import Problem
+
+ARCHS = ("sm_80", "sm_90a", "sm_120a")
+CONFIGS = [row for arch in ARCHS for row in config.forward_configs(arch)]
+
+
+def label(row: ForwardConfig) -> str:
+    return f"{row.kernel}-{row.arch}-{row.dtype}-{row.head_dim}-{row.mask}"
+
+
+@pytest.fixture(scope="session")
+def all_compiled() -> None:
+    """Fills the cache, in parallel. A kernel that fails here fails again in its own test."""
+    try:
+        compile.precompile(CONFIGS)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+
+
+@pytest.mark.timeout(3600)  # the first of these compiles all kernels
+@pytest.mark.parametrize("row", CONFIGS, ids=label)
+def test_every_kernel_compiles_without_a_stack(row: ForwardConfig, all_compiled: None) -> None:
+    kernels = resources(compile.library(row))
+    assert kernels
+    assert max(kernel.stack_bytes for kernel in kernels) == 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_kernel_that_spills_is_found_out(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", str(tmp_path))
+    (modest,) = resources(compile.library(TinyConfig(arch=arch, live=200)))
+    (greedy,) = resources(compile.library(TinyConfig(arch=arch, live=300)))
+    assert 200 < modest.registers < 255 and modest.stack_bytes == 0
+    assert greedy.registers == 255 and greedy.stack_bytes > 4 * (300 - 255)
+
+
+CALL = Problem(
+    dtype=torch.float16,
+    device=torch.device("cuda", 0),
+    batch=2,
+    seqlen_q=1024,
+    seqlen_k=1024,
+    heads_q=8,
+    heads_k=8,
+    head_dim=64,
+    softmax_scale=0.125,
+)
+CAUSAL = dataclasses.replace(CALL, window_right=0)
+WINDOW = dataclasses.replace(CALL, window_left=256, window_right=0)
+NUMBERS = [
+    {"batch": 7},
+    {"seqlen_q": 1000},
+    {"seqlen_k": 77},
+    {"seqlen_q": 1, "seqlen_k": 65536},
+    {"heads_q": 12, "heads_k": 12},
+    {"heads_q": 12, "heads_k": 4},
+    {"heads_q": 7, "heads_k": 1},
+    {"softmax_scale": -3.0},
+    {"device": torch.device("cuda", 1)},
+    {"head_dim": 40},
+]
+
+
+def config_of(call: Problem, **changes: object) -> ForwardConfig:
+    return dispatch.forward_config(dataclasses.replace(call, **changes), "sm80", "sm_90a")
+
+
+@pytest.mark.parametrize("call", [CALL, CAUSAL, WINDOW], ids=["full", "causal", "window"])
+@pytest.mark.parametrize("changes", NUMBERS, ids=str)
+def test_numbers_do_not_choose_the_kernel(call: Problem, changes: dict[str, object]) -> None:
+    assert config_of(call, **changes) == config_of(call)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (1, 0), (255, 0), (100, 20), (20, 100)], ids=str)
+def test_windows_share_a_kernel(window: tuple[int, int]) -> None:
+    left, right = window
+    assert config_of(CALL, window_left=left, window_right=right) == config_of(WINDOW)
+
+
+def test_kinds_choose_the_kernel() -> None:
+    bfloat16 = {"dtype": torch.bfloat16}
+    calls = [(call, kind) for call in (CALL, CAUSAL, WINDOW) for kind in ({}, bfloat16)]
+    configs = [config_of(call, head_dim=d, **kind) for d in (64, 128) for call, kind in calls]
+    assert len(set(configs)) == len(configs) == 12
+    assert len({compile._entry_name(row) for row in configs}) == 12
+
+
+def test_calls_of_all_sizes_compile_once(
+    gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compile, "_loaded", {})
+    for batch, seqlen_q, seqlen_k, heads_q, heads_k in [
+        (1, 128, 128, 1, 1),
+        (3, 77, 1000, 12, 4),
+        (2, 1, 4096, 8, 1),
+        (2, 300, 200, 6, 6),
+    ]:
+        q = torch.randn(batch, seqlen_q, heads_q, 64, dtype=torch.float16, device=gpu)
+        k = torch.randn(batch, heads_k, seqlen_k, 64, dtype=torch.float16, device=gpu)
+        v = torch.randn(batch, seqlen_k, heads_k, 128, dtype=torch.float16, device=gpu)
+        k, v = k.transpose(1, 2), v[..., :64]
+        for scale in (None, 0.3):
+            flash_attn_func(q, k, v, softmax_scale=scale)
+    assert len(cache.entries()) == 1
+
+
+def asked_for(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[ForwardConfig]:
+    """Returns what the command `precompile` with these arguments would compile."""
+    asked = []
+    monkeypatch.setattr(compile, "precompile", lambda rows, jobs: asked.extend(rows) or 0)
+    monkeypatch.setattr(sys, "argv", ["mini_flash_attention", "precompile", *arguments])
+    __main__.main()
+    return asked
+
+
+def test_precompile_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = asked_for(monkeypatch, "--arch", "sm_90a")
+    assert {row.head_dim for row in common} == {64, 128}
+    assert {row.mask for row in common} == {"full", "causal"}
+    assert {row.kernel for row in common} >= {"fwd_sm80"}
+    assert asked_for(monkeypatch, "--all", "--arch", *ARCHS) == CONFIGS
+    chosen = asked_for(
+        monkeypatch, "--arch", "sm_80", "--head-dim", "72", "--dtype", "bfloat16", "--mask", "full"
+    )
+    assert {(row.arch, row.head_dim, row.dtype, row.mask) for row in chosen} == {
+        ("sm_80", 96, "bfloat16", "full")
+    }
+
+
+def test_precompile_command_explains_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="--head-dim is at most 256, not 512"):
+        asked_for(monkeypatch, "--arch", "sm_90a", "--head-dim", "512")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--arch sm_90a"):
+        asked_for(monkeypatch)
+
+
+def test_env_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["mini_flash_attention", "env"])
+    __main__.main()
+    printed = capsys.readouterr().out
+    for word in ("mini-flash-attention", torch.__version__, "nvidia-cutlass-dsl", "driver"):
+        assert word in printed
+    assert str(cache.directory()) in printed
