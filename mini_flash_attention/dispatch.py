@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import compile, config, cpu
+from mini_flash_attention.counters import tile_counter
 from mini_flash_attention.problem import Problem
 
 ELEMENTS = 8  # of a 16-byte chunk: the kernels want head dims, strides and addresses in multiples of it
@@ -93,16 +94,19 @@ class ForwardPlan(NamedTuple):
     simple: bool  # no copy is needed but for strides
     device: int
     numbers: tuple[float | int, ...]
+    scheduled: bool  # the kernel draws its tiles from a counter
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self.run(q, k, v)
         batch, seqlen_q, heads, _ = q.shape
         out = torch.empty_like(q)
         lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
-        if torch.cuda.current_device() == self.device:
-            self.launch(q, k, v, out, lse, *self.numbers)
+        if self.scheduled:
+            self.launch(q, k, v, out, lse, *self.numbers, tile_counter(self.device))
         else:
-            with torch.cuda.device(self.device):
-                self.launch(q, k, v, out, lse, *self.numbers)
+            self.launch(q, k, v, out, lse, *self.numbers)
         return out, lse
 
 
@@ -110,18 +114,22 @@ class ForwardPlan(NamedTuple):
 def forward_plan(problem: Problem, path: str) -> ForwardPlan:
     check_supported(problem)
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return ForwardPlan(None, True, problem.device.index, ())
+        return ForwardPlan(None, True, problem.device.index, (), False)
     properties = torch.cuda.get_device_properties(problem.device)
     row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
-    right = problem.seqlen_k if problem.window_right is None else problem.window_right
+    right = problem.seqlen_q if problem.window_right is None else problem.window_right
+    num_sms = properties.multi_processor_count
     numbers = (
         abs(problem.softmax_scale) or 1.0,
         problem.window_left or 0,
         right,
-        swath(row, problem, properties.multi_processor_count),
+        swath(row, problem, num_sms),
     )
+    scheduled = path == "sm90"
+    if scheduled:
+        numbers = (*numbers, num_sms)
     simple = problem.softmax_scale > 0 and problem.head_dim % ELEMENTS == 0
-    return ForwardPlan(compile.get(row), simple, problem.device.index, numbers)
+    return ForwardPlan(compile.get(row), simple, problem.device.index, numbers, scheduled)
 
 
 def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConfig:

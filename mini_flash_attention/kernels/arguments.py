@@ -25,6 +25,11 @@ def forward(config) -> tuple:
     return q, k, v, o, lse, Float32(1), Int32(1), Int32(1)
 
 
+def counter() -> cute.Tensor:
+    """(2,) int32: the state of a dynamic schedule."""
+    return make_fake_compact_tensor(Int32, (2,))
+
+
 def stream():
     """The caller's current stream."""
     return make_fake_stream(use_tvm_ffi_env_stream=True)

@@ -55,3 +55,19 @@ def unmasked_blocks(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, wi
 def query_blocks(n_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
     """The query blocks that hold a row which sees some key of block n_block: the same window, seen from the keys."""
     return key_blocks(n_block, tile_n, tile_m, seqlen_k, seqlen_q, window_right, window_left)
+
+
+def walk(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
+    """The walk of query block m_block over its key blocks, from the last to the first: (start, free_end, free_first, first).
+
+    It goes from start down to first. Blocks in [free_first, free_end) need no mask, the others do. Where no row sees a
+    key, the one block start is visited all the same, masked; with a left limit start is always masked.
+    """
+    sizes = tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right
+    first, last = key_blocks(m_block, *sizes)
+    free_first, free_end = unmasked_blocks(m_block, *sizes)
+    start = larger(last - 1, 0)
+    if window_left is not None:
+        free_end = smaller(free_end, start)
+        free_first = smaller(free_first, free_end)
+    return start, free_end, free_first, first

@@ -15,7 +15,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments
-from mini_flash_attention.kernels.blocks import key_blocks, unmasked_blocks
+from mini_flash_attention.kernels.blocks import walk
 from mini_flash_attention.kernels.fragments import as_operand_A, convert, rescale, rows_cols, store_rows
 from mini_flash_attention.kernels.mask import mask
 from mini_flash_attention.kernels.scheduler import num_tiles, tile_coords
@@ -37,12 +37,12 @@ class Loader(NamedTuple):
     """Where one tile's keys and values come from and go to."""
 
     copy: cute.TiledCopy
-    gK: cute.Tensor  # (tile_n, d, n_blocks)
-    gV: cute.Tensor  # (tile_n, d, n_blocks)
+    mK: cute.Tensor  # (b, sk, hk, d)
+    mV: cute.Tensor  # (b, sk, hk, d)
     sK: cute.Tensor  # (tile_n, d)
     sV: cute.Tensor  # (tile_n, d)
-    seqlen_k: Int32
-    head_dim: Int32
+    batch: Int32
+    head: Int32
     tidx: Int32
 
 
@@ -56,18 +56,19 @@ class Work(NamedTuple):
     p: Operand
     acc_S: cute.Tensor
     acc_O: cute.Tensor
-    sums: cute.Tensor  # of one block's rows
     coords: cute.Tensor  # (row, column) of each element of acc_S
     softmax: OnlineSoftmax
 
 
 @cute.jit
 def load_block(
-    x: Loader, gX: cute.Tensor, sX: cute.Tensor, n_block: Int32, whole: cutlass.Constexpr = True
+    x: Loader, mX: cute.Tensor, sX: cute.Tensor, n_block: Int32, whole: cutlass.Constexpr
 ):
-    """Start copying one block of keys or values; only the tile's first block can reach beyond the sequence."""
-    rows = None if const_expr(whole) else x.seqlen_k - n_block * cute.size(sX, mode=[0])
-    load_tile(x.copy, gX[None, None, n_block], sX, rows, x.head_dim, x.tidx)
+    """Start copying one block of keys or values; whole: it does not reach beyond the sequence."""
+    tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
+    gX = cute.local_tile(mX[opaque(x.batch), None, opaque(x.head), None], tile, (n_block, 0))
+    rows = None if const_expr(whole) else mX.shape[1] - n_block * tile[0]
+    load_tile(x.copy, gX, sX, rows, mX.shape[3], x.tidx)
     cute.arch.cp_async_commit_group()
 
 
@@ -78,6 +79,19 @@ def arrive():
     cute.arch.barrier()
 
 
+def key_walk(config, sizes: Sizes, m_block: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+    """blocks.walk, worked out anew wherever it is asked for: what is kept across the products would spill."""
+    tile = config.tile_m, config.tile_n
+    window = sizes.window(config.mask)
+    return walk(opaque(m_block), *tile, sizes.seqlen_q, sizes.seqlen_k, *window)
+
+
+def masked_end(config, sizes: Sizes, m_block: Int32) -> Int32:
+    """Where the walk's first part ends: masked blocks, and the start, which may reach beyond the keys, in any case."""
+    start, free_end, _, _ = key_walk(config, sizes, m_block)
+    return cutlass.min(start, free_end)
+
+
 @cute.jit
 def step(
     config: cutlass.Constexpr,
@@ -86,26 +100,21 @@ def step(
     w: Work,
     m_block: Int32,
     n_block: Int32,
-    first_block: Int32,
-    kind: cutlass.Constexpr,
+    masked: cutlass.Constexpr,
 ):
-    """S = Q·Kᵀ of one block, softmax, O += P·V. kind: "first" (of the tile, masked), "masked" or "free"."""
+    """S = Q·Kᵀ of one block, softmax, O += P·V."""
     arrive()  # K[n] is here, and nobody reads V[n + 1] any more
-    load_block(x, x.gV, x.sV, n_block, kind != "first")
+    load_block(x, x.mV, x.sV, n_block, not masked)
     w.acc_S.fill(0.0)
-    gemm(w.tiled_mma, w.acc_S, w.q, w.k)
+    gemm(w.tiled_mma, w.acc_S, w.q, w.k, x.tidx)
     arrive()  # V[n] is here, and nobody reads K[n] any more
-    if n_block > first_block:
-        load_block(x, x.gK, x.sK, n_block - 1)
-    if const_expr(kind != "free"):
-        mask(config, sizes, w.acc_S, w.coords, m_block, n_block)
-    if const_expr(kind == "first"):
-        w.softmax.first(w.acc_S)
-    else:
-        w.softmax.renew(w.acc_S, w.acc_O, w.sums, kind == "masked")
-        w.softmax.add(w.sums)
+    if n_block > key_walk(config, sizes, m_block)[3]:
+        load_block(x, x.mK, x.sK, n_block - 1, True)
+    if const_expr(masked):
+        mask(config, sizes, w.acc_S, w.coords, opaque(m_block), n_block)
+    w.softmax.renew(w.acc_S, w.acc_O, w.softmax.row_sum, masked)
     convert(as_operand_A(w.acc_S), w.p.fragment)
-    gemm(w.tiled_mma, w.acc_O, w.p, w.v)
+    gemm(w.tiled_mma, w.acc_O, w.p, w.v, x.tidx)
 
 
 @cute.jit
@@ -118,7 +127,7 @@ def store_O(
     O = cute.make_rmem_tensor(w.acc_O.shape, mO.element_type)
     convert(w.acc_O, O)
     rc = rows_cols(w.coords)
-    rows = cute.make_rmem_tensor(cute.size(w.sums), Int32)
+    rows = cute.make_rmem_tensor(cute.size(w.softmax.offset), Int32)
     for r in cutlass.range_constexpr(cute.size(rows)):
         rows[r] = m_block * config.tile_m + rc[r, 0][0]
         if lane % 4 == 0 and rows[r] < mLSE.shape[0]:
@@ -144,7 +153,10 @@ def kernel(
 ):
     tidx, _, _ = cute.arch.thread_idx()
     tile, _, _ = cute.arch.block_idx()
-    m_block, head, batch = tile_coords(config, sizes, swath, tile)
+    # The same in all lanes: said for the compiler, which then keeps what follows from it in uniform registers.
+    m_block, head, batch = (
+        cute.arch.make_warp_uniform(x) for x in tile_coords(config, sizes, swath, tile)
+    )
     head_kv = head // sizes.group
 
     smem = SmemAllocator()
@@ -153,52 +165,45 @@ def kernel(
     sK = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)[None, None, 0]
     sV = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)[None, None, 0]
     sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0]))  # (d, tile_n)
-    tile_q, tile_kv = (config.tile_m, config.head_dim), (config.tile_n, config.head_dim)
+    tile_q = (config.tile_m, config.head_dim)
     gQ = cute.local_tile(mQ[batch, None, head, None], tile_q, (m_block, 0))  # (tile_m, d)
-    gK = cute.local_tile(mK[batch, None, head_kv, None], tile_kv, (None, 0))  # (tile_n, d, n_blocks)
-    gV = cute.local_tile(mV[batch, None, head_kv, None], tile_kv, (None, 0))  # (tile_n, d, n_blocks)
-    x = Loader(tiled_load, gK, gV, sK, sV, sizes.seqlen_k, mQ.shape[3], tidx)
+    x = Loader(tiled_load, mK, mV, sK, sV, batch, head_kv, tidx)
 
     thr_mma = tiled_mma.get_slice(tidx)
     acc_S = cute.make_rmem_tensor(thr_mma.partition_shape_C((config.tile_m, config.tile_n)), Float32)
     acc_O = cute.make_rmem_tensor(thr_mma.partition_shape_C(tile_q), Float32)
     coords = thr_mma.partition_C(cute.make_identity_tensor((config.tile_m, config.tile_n)))
     rows = cute.size(rows_cols(acc_S), mode=[0])
-    offset, row_sum, sums = (cute.make_rmem_tensor(rows, Float32) for _ in range(3))
+    offset, row_sum = (cute.make_rmem_tensor(rows, Float32) for _ in range(2))
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, dtype)
     w = Work(
         tiled_mma,
-        operand_A(tiled_mma, sQ, tidx),
-        operand_B(tiled_mma, sK, tidx, transpose=False),
-        operand_B(tiled_mma, sVt, tidx, transpose=True),
+        operand_A(tiled_mma, sQ),
+        operand_B(tiled_mma, sK, transpose=False),
+        operand_B(tiled_mma, sVt, transpose=True),
         Operand(P),
         acc_S,
         acc_O,
-        sums,
         coords,
         OnlineSoftmax(offset, row_sum, scale_log2),
     )
 
-    # A tile without visible keys still masks one block, so that nothing below is conditional.
-    left, right = sizes.window(config.mask)
-    window = (config.tile_m, config.tile_n, sizes.seqlen_q, sizes.seqlen_k, left, right)
-    first, last = key_blocks(m_block, *window)
-    free_first, free_last = unmasked_blocks(m_block, *window)
-    n_block = cutlass.max(last - 1, 0)
-    load_tile(tiled_load, gQ, sQ, sizes.seqlen_q - m_block * config.tile_m, x.head_dim, tidx)
-    load_block(x, gK, sK, n_block, False)
+    n_block = key_walk(config, sizes, m_block)[0]
+    load_tile(tiled_load, gQ, sQ, sizes.seqlen_q - m_block * config.tile_m, mQ.shape[3], tidx)
+    load_block(x, mK, sK, n_block, False)
     acc_O.fill(0.0)
-    step(config, sizes, x, w, m_block, n_block, first, "first")
-    n_block -= 1
-    for n in cutlass.range(n_block - free_last + 1, unroll=1):
-        step(config, sizes, x, w, m_block, n_block - n, first, "masked")
-    n_block = cutlass.min(n_block, free_last - 1)
-    for n in cutlass.range(n_block - free_first + 1, unroll=1):
-        step(config, sizes, x, w, m_block, n_block - n, first, "free")
-    if const_expr(left is not None):
-        n_block = cutlass.min(n_block, free_first - 1)
-        for n in cutlass.range(n_block - first + 1, unroll=1):
-            step(config, sizes, x, w, m_block, n_block - n, first, "masked")
+    offset.fill(-Float32.inf)
+    row_sum.fill(0.0)
+    while n_block >= masked_end(config, sizes, m_block):
+        step(config, sizes, x, w, m_block, n_block, True)
+        n_block -= 1
+    while n_block >= key_walk(config, sizes, m_block)[2]:
+        step(config, sizes, x, w, m_block, n_block, False)
+        n_block -= 1
+    if const_expr(config.mask == "window"):
+        while n_block >= key_walk(config, sizes, m_block)[3]:
+            step(config, sizes, x, w, m_block, n_block, True)
+            n_block -= 1
     m_block, head, batch = tile_coords(config, sizes, swath, opaque(tile))
     store_O(config, w, mO[batch, None, head, None], mLSE[batch, head, None], m_block, tidx % 32)
 

@@ -1,10 +1,20 @@
 """The order in which tiles (query blocks of one head) are worked on."""
 
+from dataclasses import dataclass
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from mini_flash_attention.kernels.seqlen import Sizes
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a persistent kernel hands out its tiles."""
+
+    swath: Int32  # heads walked together: see tile_coords
+    counter: cute.Pointer  # [0]: tiles drawn beyond each thread block's first; [1]: thread blocks that are done
 
 
 def num_tiles(config, sizes: Sizes) -> Int32:

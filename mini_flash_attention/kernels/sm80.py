@@ -62,64 +62,76 @@ class Operand(NamedTuple):
 
     fragment: cute.Tensor  # (MMA, M or N, K)
     copy: cute.TiledCopy | None = None
-    target: cute.Tensor | None = None  # (COPY, M or N, K): the fragment's registers
-    source: cute.Layout | None = None  # (COPY, M or N, K) -> offset from address, before the swizzle
-    address: Int32 | None = None  # in shared memory, of this lane's element (0, 0, 0), swizzled
+    sX: cute.Tensor | None = None  # (M or N, K)
+    chunk_bits: cutlass.Constexpr = 0  # the address bits that sX's swizzle changes
 
 
-def operand(copy: cute.TiledCopy, fragment: cute.Tensor, sX: cute.Tensor, tidx: Int32) -> Operand:
-    thr_copy = copy.get_slice(tidx)
-    source = thr_copy.partition_S(sX)
-    start = source.iterator.toint()
-    rows_xor_chunks = 0x70 if cute.size(sX, mode=[1]) % 64 == 0 else 0x30  # swizzles of 128 and 64 bytes
-    address = start ^ ((start >> 3) & rows_xor_chunks)
-    return Operand(fragment, copy, thr_copy.retile(fragment), source.layout, address)
+def operand(copy: cute.TiledCopy, fragment: cute.Tensor, sX: cute.Tensor, head_dim: int) -> Operand:
+    return Operand(fragment, copy, sX, 0x70 if head_dim % 64 == 0 else 0x30)
 
 
-def operand_A(tiled_mma: cute.TiledMma, sA: cute.Tensor, tidx: Int32) -> Operand:
+def operand_A(tiled_mma: cute.TiledMma, sA: cute.Tensor) -> Operand:
     """sA: (M, K)."""
     atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), sA.element_type)
-    thr_mma = tiled_mma.get_slice(tidx)
+    thr_mma = tiled_mma.get_slice(0)
     fragment = thr_mma.make_fragment_A(thr_mma.partition_A(sA))
-    return operand(cute.make_tiled_copy_A(atom, tiled_mma), fragment, sA, tidx)
+    return operand(cute.make_tiled_copy_A(atom, tiled_mma), fragment, sA, cute.size(sA, mode=[1]))
 
 
-def operand_B(tiled_mma: cute.TiledMma, sB: cute.Tensor, tidx: Int32, transpose: bool) -> Operand:
+def operand_B(tiled_mma: cute.TiledMma, sB: cute.Tensor, transpose: bool) -> Operand:
     """sB: (N, K); transpose: N is the contiguous mode (V)."""
     atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose, 4), sB.element_type)
-    thr_mma = tiled_mma.get_slice(tidx)
+    thr_mma = tiled_mma.get_slice(0)
     fragment = thr_mma.make_fragment_B(thr_mma.partition_B(sB))
-    return operand(cute.make_tiled_copy_B(atom, tiled_mma), fragment, sB, tidx)
+    head_dim = cute.size(sB, mode=[0 if transpose else 1])
+    return operand(cute.make_tiled_copy_B(atom, tiled_mma), fragment, sB, head_dim)
+
+
+class Source(NamedTuple):
+    """An operand in shared memory, as one lane reads it."""
+
+    address: Int32  # of the lane's element (0, 0, 0), swizzled
+    layout: cute.Layout  # (COPY, M or N, K) -> offset from it, before the swizzle
+    target: cute.Tensor  # (COPY, M or N, K) in registers
 
 
 @cute.jit
-def fetch(x: Operand, address: Int32, k: cutlass.Constexpr):
+def source(x: Operand, tidx: Int32) -> Source:
+    thr_copy = x.copy.get_slice(opaque(tidx))
+    tXsX = thr_copy.partition_S(x.sX)
+    start = tXsX.iterator.toint()
+    address = start ^ ((start >> 3) & x.chunk_bits)
+    return Source(address, tXsX.layout, thr_copy.retile(x.fragment))
+
+
+@cute.jit
+def fetch(x: Operand, s: Source, k: cutlass.Constexpr):
     """Move slice k of an operand from shared memory to registers.
 
     The swizzle XORs bits 7-9 of an address into bits 4-6. A lane's first address has zeros in bits 5 and 6, so the low bits
     of an offset can be XORed to the swizzled address, the others added: one register serves all slices.
     """
-    for i in cutlass.range_constexpr(cute.size(x.source, mode=[1])):
-        offset = 2 * cute.crd2idx((0, i, k), x.source)  # bytes
+    for i in cutlass.range_constexpr(cute.size(s.layout, mode=[1])):
+        offset = 2 * cute.crd2idx((0, i, k), s.layout)  # bytes
         low = offset % 1024
         pointer = cute.make_ptr(
             x.fragment.element_type,
-            (address ^ low) + (offset - low),
+            (s.address ^ low) + (offset - low),
             cute.AddressSpace.smem,
             assumed_align=16,
         )
-        rows = cute.make_tensor(pointer, cute.slice_(x.source, (None, 0, 0)))
-        cute.copy(x.copy, rows, x.target[None, i, k])
+        rows = cute.make_tensor(pointer, cute.slice_(s.layout, (None, 0, 0)))
+        cute.copy(x.copy, rows, s.target[None, i, k])
 
 
 @cute.jit
-def gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, a: Operand, b: Operand):
+def gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, a: Operand, b: Operand, tidx: Int32):
     """acc += A·B in slices of 16; the compiler moves the fetches up as far as registers allow."""
     if const_expr(a.copy is not None):
-        address_a = opaque(a.address)
-    address_b = opaque(b.address)
+        source_a = source(a, tidx)
+    source_b = source(b, tidx)
     for k in cutlass.range_constexpr(cute.size(a.fragment, mode=[2])):
         if const_expr(a.copy is not None):
-            fetch(a, address_a, k)
-        fetch(b, address_b, k)
+            fetch(a, source_a, k)
+        fetch(b, source_b, k)
         cute.gemm(tiled_mma, acc, a.fragment[None, None, k], b.fragment[None, None, k], acc)

@@ -41,18 +41,19 @@ class OnlineSoftmax:
         for r in cutlass.range_constexpr(cute.size(self.offset)):
             row_max = cute.arch.warp_reduction_max(local_max(S[r, None]), threads_in_group=4)
             self.offset[r] = row_max * self.scale_log2
+        self.row_sum.fill(0.0)
         self.exponentials(S, self.row_sum, True)
 
     @cute.jit
     def exponentials(self, S: cute.Tensor, sums: cute.Tensor, masked: cutlass.Constexpr):
-        """S <- P with the offsets as they are; sums <- the rows' sums over this thread's columns."""
+        """S <- P with the offsets as they are; the rows' sums over this thread's columns are added to sums."""
         for r in cutlass.range_constexpr(cute.size(self.offset)):
             offset = self.offset[r]
             if const_expr(masked):  # a row that has seen no key: not -inf - -inf
                 offset = Float32(0.0) if offset == -Float32.inf else offset
             for i in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 S[r, i] = cute.math.exp2(S[r, i] * self.scale_log2 - offset, fastmath=True)
-            even, odd = S[r, 0], S[r, 1]
+            even, odd = sums[r] + S[r, 0], S[r, 1]
             for i in cutlass.range_constexpr(2, cute.size(S, mode=[1]), 2):
                 even, odd = even + S[r, i], odd + S[r, i + 1]
             sums[r] = even + odd
@@ -79,11 +80,6 @@ class OnlineSoftmax:
                 self.offset[r] = new
             rescale(acc_O, alpha)
         self.exponentials(S, sums, masked)
-
-    @cute.jit
-    def add(self, sums: cute.Tensor):
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
-            self.row_sum[r] = self.row_sum[r] + sums[r]
 
     @cute.jit
     def finish(self):

@@ -1,0 +1,44 @@
+"""Where a persistent kernel's thread blocks draw their tiles: two int32, zero before each launch and zeroed by it.
+
+Launches that may run at the same time must not share one. Launches on one stream follow each other, so each stream has a
+counter of its own. A captured launch may be replayed on any stream, beside any other: it gets one that nobody else uses.
+"""
+
+import torch
+from torch import Tensor
+
+POOL_ROWS = 1024
+
+_of_stream: dict[tuple[int, int], Tensor] = {}
+_unused: dict[int, list[Tensor]] = {}  # device -> counters made and zeroed, but not given away
+_captured: list[Tensor] = []  # kept for as long as graphs may use them: for good
+
+
+def tile_counter(device: int) -> Tensor:
+    """A counter for a launch on the device's current stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return _counter_for_capture(device)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    counter = _of_stream.get((device, stream))
+    if counter is None:
+        counter = _of_stream.setdefault((device, stream), _take(device))
+    return counter
+
+
+def _take(device: int) -> Tensor:
+    unused = _unused.setdefault(device, [])
+    if not unused:
+        pool = torch.zeros(POOL_ROWS, 2, dtype=torch.int32, device=f"cuda:{device}")
+        torch.cuda.synchronize(device)  # any stream may use them from here on
+        unused.extend(pool.unbind())
+    return unused.pop()
+
+
+def _counter_for_capture(device: int) -> Tensor:
+    """In a capture nothing can be allocated and zeroed ahead: if no counter is left, each replay zeroes one."""
+    if _unused.get(device):
+        counter = _unused[device].pop()
+    else:
+        counter = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device}")
+    _captured.append(counter)
+    return counter

@@ -1,0 +1,123 @@
+"""The error rule by which every backend is judged, forward and gradients.
+
+A result may be wrong by twice as much as the formula itself is when it is computed in the dtype of
+the inputs, plus a rounding or two, in its largest error and in its mean error:
+
+    max|out - ref|  <= 2 max|low - ref|  + atol
+    mean|out - ref| <= 2 mean|low - ref| + atol / 10
+
+ref is reference.attention in float32 (float64 for float32 and float64 inputs), low the same in the
+dtype of the inputs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mini_flash_attention.reference import attention
+
+ROUNDINGS = 16
+
+
+def check_forward(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any
+) -> None:
+    """Assert that out and lse are right; `options` are those of reference.attention."""
+    with torch.no_grad():
+        ref_out, ref_lse = attention(q, k, v, dtype=_wide(q.dtype), **options)
+        low_out, _ = attention(q, k, v, **options)
+    assert out.shape == q.shape and out.dtype == q.dtype, (out.shape, out.dtype)
+    assert_by_rule("out", out, ref_out, low_out)
+    assert_lse(lse, ref_lse)
+
+
+def check_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **options: Any,
+) -> None:
+    """Assert that (dq, dk, dv) are right; `options` are those of reference.attention."""
+    ref = _reference_gradients(_wide(q.dtype), dout, dlse, q, k, v, **options)
+    low = _reference_gradients(q.dtype, dout, dlse, q, k, v, **options)
+    for name, x, got, r, lo in zip(("dq", "dk", "dv"), (q, k, v), gradients, ref, low, strict=True):
+        assert got.shape == x.shape and got.dtype == x.dtype, (name, got.shape, got.dtype)
+        assert_by_rule(name, got, r, lo)
+
+
+def assert_by_rule(name: str, out: Tensor, ref: Tensor, low: Tensor) -> None:
+    """Assert the rule; where ref, rounded to out's dtype, is not finite, out must be the same."""
+    rounded = ref.to(out.dtype)
+    finite = rounded.isfinite()
+    _assert_equal_where(~finite, name, out, rounded)
+    if not finite.any():
+        return
+    ref, low, out = (x[finite].to(ref.dtype) for x in (ref, low, out))
+    error, low_error = (out - ref).abs(), (low - ref).abs()
+    low_error = low_error[low_error.isfinite()]  # low may overflow where out must not
+    if low_error.numel() == 0:
+        low_error = torch.zeros(1, dtype=ref.dtype)
+    atol = _atol(rounded[finite])
+    largest, largest_allowed = error.max().item(), 2 * low_error.max().item() + atol
+    mean, mean_allowed = error.mean().item(), 2 * low_error.mean().item() + atol / 10
+    assert largest <= largest_allowed and mean <= mean_allowed, (
+        f"{name}: largest error {largest:.3g} (allowed {largest_allowed:.3g}), "
+        f"mean error {mean:.3g} (allowed {mean_allowed:.3g})"
+    )
+
+
+def assert_lse(lse: Tensor, ref: Tensor) -> None:
+    """Assert that lse is right to the precision of float32, which it has for 16-bit inputs too."""
+    expected = torch.float64 if lse.dtype == torch.float64 else torch.float32
+    assert lse.shape == ref.shape and lse.dtype == expected, (lse.shape, lse.dtype)
+    finite = ref.isfinite()
+    _assert_equal_where(~finite, "lse", lse, ref.to(lse.dtype))
+    if not finite.any():
+        return
+    error = (lse - ref)[finite].abs().max().item()
+    rtol = 1e-12 if lse.dtype == torch.float64 else 1e-5
+    allowed = rtol * max(1, ref[finite].abs().max().item())
+    assert error <= allowed, f"lse: largest error {error:.3g} (allowed {allowed:.3g})"
+
+
+def _reference_gradients(
+    dtype: torch.dtype,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        out, lse = attention(*inputs, **options)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.to(dtype)
+    return torch.autograd.grad((out, lse), inputs, (dout.to(dtype), dlse))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _atol(rounded: Tensor) -> float:
+    """Twice what adding and subtracting 0.3 does to the values in their own dtype."""
+    if rounded.dtype in (torch.float32, torch.float64):
+        # Backends compute in this dtype, not in a wider one, and low may be exact by luck.
+        return ROUNDINGS * torch.finfo(rounded.dtype).eps * max(1, rounded.abs().max().item())
+    return 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
+
+
+def _assert_equal_where(where: Tensor, name: str, out: Tensor, expected: Tensor) -> None:
+    same = (out == expected) | (out.isnan() & expected.isnan())
+    wrong = (where & ~same).nonzero()
+    if len(wrong):
+        place = tuple(wrong[0].tolist())
+        raise AssertionError(
+            f"{name}: {len(wrong)} values should be inf or NaN like the reference's, "
+            f"first at {place}: {out[place].item()} instead of {expected[place].item()}"
+        )
