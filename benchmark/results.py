@@ -85,9 +85,7 @@ def read(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if reader.fieldnames != HEADER:
             raise ValueError(f"{path}: the header must be {','.join(HEADER)}")
-        return [
-            Row(**{f.name: _parse(f.type, line[f.name]) for f in fields(Row)}) for line in reader
-        ]
+        return [Row(**{f.name: _parse(f.type, line[f.name]) for f in fields(Row)}) for line in reader]
 
 
 def _text(value: object) -> str:

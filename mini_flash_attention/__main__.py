@@ -57,9 +57,7 @@ def precompile(arguments: argparse.Namespace) -> None:
     print(f"{compiled} kernels compiled, {len(configs) - compiled} were in {cache.directory()}")
 
 
-def _chosen(
-    configs: list[config.ForwardConfig], arguments: argparse.Namespace
-) -> list[config.ForwardConfig]:
+def _chosen(configs: list[config.ForwardConfig], arguments: argparse.Namespace) -> list[config.ForwardConfig]:
     available = sorted({c.head_dim for c in configs})
     if max(arguments.head_dim) > available[-1]:
         raise ValueError(f"--head-dim is at most {available[-1]}, not {max(arguments.head_dim)}")

@@ -175,9 +175,7 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse, alibi_slopes = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv = dispatch.backward(
-            ctx.problem, dout, dlse, q, k, v, out, lse, alibi_slopes, ctx.seed
-        )
+        dq, dk, dv = dispatch.backward(ctx.problem, dout, dlse, q, k, v, out, lse, alibi_slopes, ctx.seed)
         return dq, dk, dv, None, None, None
 
 
@@ -187,8 +185,7 @@ def _unpack(name: str, packed: Tensor, count: int) -> tuple[Tensor, ...]:
         raise TypeError(f"{name} must be a torch.Tensor, not {type(packed).__name__}")
     if packed.ndim != 5 or packed.shape[2] != count:
         raise ValueError(
-            f"{name} must have shape (batch, seqlen, {count}, heads, head_dim), "
-            f"not {tuple(packed.shape)}"
+            f"{name} must have shape (batch, seqlen, {count}, heads, head_dim), not {tuple(packed.shape)}"
         )
     return packed.unbind(2)
 

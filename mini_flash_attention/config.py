@@ -1,11 +1,17 @@
 """The tile tables: how each kernel is cut to its GPU, head dim and mask."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 DTYPES = ("float16", "bfloat16")
-HEAD_DIMS = (64, 96, 128, 192, 256)  # a head dim in between uses the next one, padded in shared memory
+HEAD_DIMS = (
+    64,
+    96,
+    128,
+    192,
+    256,
+)  # a head dim in between uses the next one, padded in shared memory
 MASKS = ("full", "causal", "window")  # no window limit, one on the right, one on both sides
 
 # Shared memory for one thread block, in bytes (CUDA programming guide, "compute capabilities").
@@ -36,6 +42,9 @@ class ForwardSm80:
     tile_n: int  # keys of a block
     warps: int
 
+    def at(self, seqlen_q: int) -> "ForwardSm80":
+        return self
+
     @property
     def shared_memory(self) -> int:
         """Bytes: one tile of Q, one block of K and one of V."""
@@ -43,7 +52,7 @@ class ForwardSm80:
 
     @property
     def stack(self) -> int:
-        """Bytes of stack that the kernel may use: here a few spilled words cost less than a smaller tile (SM80_TILES)."""
+        """Bytes of stack it may use: a few spilled words cost less than a smaller tile (SM80_TILES)."""
         return 64 if self.head_dim in (64, 128) else 0
 
 
@@ -60,9 +69,15 @@ class ForwardSm90:
     tile_m: int  # query rows of a tile: 64 for each consumer warpgroup
     tile_n: int  # keys of a block
     stages: int = 2  # K and V blocks in shared memory
-    q_stages: int = 2  # 2: the next tile's Q is loaded, and its first S issued, under this tile's last P·V
+    q_stages: int = 2  # 2: the next tile's Q comes, and its first S, under this tile's last P·V
     q_regs: bool = False  # Q in registers: less shared memory traffic, head_dim / 4 more registers
     ordered: bool = True  # the warpgroups take turns to issue their products
+    short: "ForwardSm90 | None" = None  # other tiles, in the same library, up to short_seqlen queries
+    short_seqlen: int = 0
+
+    def at(self, seqlen_q: int) -> "ForwardSm90":
+        """The tiles that the kernel chooses at launch."""
+        return self.short if self.short and seqlen_q <= self.short_seqlen else self
 
     @property
     def wgs(self) -> int:
@@ -89,30 +104,49 @@ def bucket(head_dim: int) -> int:
 
 def forward(path: str, arch: str, dtype: str, head_dim: int, mask: str) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90")."""
-    if path == "sm90":
-        tile = SM90_TILES[head_dim]
-        return ForwardSm90(arch, dtype, head_dim, mask, **tile)
-    return ForwardSm80(arch, dtype, head_dim, mask, *SM80_TILES[head_dim])
+    if path == "sm80":
+        return ForwardSm80(arch, dtype, head_dim, mask, *SM80_TILES[head_dim])
+    row = ForwardSm90(arch, dtype, head_dim, mask, **SM90_TILES[head_dim])
+    if (head_dim, mask) not in SM90_SHORT:
+        return row
+    short, short_seqlen = SM90_SHORT[head_dim, mask]
+    return replace(row, short=replace(row, **short), short_seqlen=short_seqlen)
 
 
-# head dim -> (tile_m, tile_n, warps). Measured on an H100 against the alternatives named (docs/worklog.md, SM80 tiles);
-# each fits the 99 kB of the smallest architecture.
+# head dim -> (tile_m, tile_n, warps); each fits the 99 kB of the smallest architecture. 32 rows for
+# each warp where registers allow. Measured on an H100 (docs/worklog.md, SM80 tiles): 64: 3 to 6 %
+# ahead of 128 x 96, 5 to 12 % of 128 x 64; 128: 5 to 10 % ahead of 128 x 48, 14 % of 64 x 128, 19 % of
+# 128 x 128 with 8 warps; 256: two thread blocks an SM, 0 to 14 % ahead of 128 x 64 with 8 warps.
 SM80_TILES = {
-    64: (128, 128, 4),  # 3 to 6 % ahead of 128 x 96, 5 to 12 % of 128 x 64
+    64: (128, 128, 4),
     96: (128, 64, 4),
-    128: (128, 64, 4),  # 5 to 10 % ahead of 128 x 48, 14 % of 64 x 128, 19 % of 128 x 128 with 8 warps
+    128: (128, 64, 4),
     192: (128, 64, 8),
-    256: (64, 64, 4),  # two thread blocks an SM on SM90; 0 to 14 % ahead of 128 x 64 with 8 warps
+    256: (64, 64, 4),
 }
 
-
-# Measured on an H100 (docs/worklog.md, SM90 tiles).
+# Measured on an H100 (docs/worklog.md, SM90 tiles). At 192 and 256 two Q buffers would leave too little
+# room for keys.
 SM90_TILES = {
     64: dict(tile_m=192, tile_n=128),
-    96: dict(tile_m=128, tile_n=128, q_regs=True),
+    96: dict(tile_m=192, tile_n=96),
     128: dict(tile_m=128, tile_n=128, q_regs=True),
     192: dict(tile_m=128, tile_n=96, q_stages=1, ordered=False),
-    256: dict(tile_m=128, tile_n=64, q_stages=1, ordered=False),  # two Q buffers would not fit
+    256: dict(tile_m=128, tile_n=64, q_stages=1, ordered=False),
+}
+
+# (head dim, mask) -> (what differs, longest seqlen_q): smaller tiles waste less of a short sequence.
+_SHORT_64 = dict(tile_m=128, stages=4, q_regs=True, ordered=False)
+_SHORT_96 = dict(tile_m=128, tile_n=128, stages=3, q_regs=True, ordered=False)
+_SHORT_128 = dict(tile_n=64, stages=5)
+SM90_SHORT = {
+    (64, "full"): (_SHORT_64, 1024),
+    (64, "causal"): (_SHORT_64, 2048),
+    (64, "window"): (_SHORT_64, 2048),
+    (96, "causal"): (_SHORT_96, 2048),
+    (96, "window"): (_SHORT_96, 2048),
+    (128, "causal"): (_SHORT_128, 1024),
+    (128, "window"): (_SHORT_128, 1024),
 }
 
 

@@ -1,7 +1,8 @@
-"""Where a persistent kernel's thread blocks draw their tiles: two int32, zero before each launch and zeroed by it.
+"""Where a persistent kernel's thread blocks draw their tiles: two int32, zero before and after a launch.
 
-Launches that may run at the same time must not share one. Launches on one stream follow each other, so each stream has a
-counter of its own. A captured launch may be replayed on any stream, beside any other: it gets one that nobody else uses.
+Launches that may run at the same time must not share one. Launches on one stream follow each other,
+so each stream has a counter of its own. A captured launch may be replayed on any stream, beside any
+other: it gets one that nobody else uses.
 """
 
 import torch
@@ -16,7 +17,7 @@ _captured: list[Tensor] = []  # kept for as long as graphs may use them: for goo
 
 def tile_counter(device: int) -> Tensor:
     """A counter for a launch on the device's current stream."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch._C._cuda_isCurrentStreamCapturing():
         return _counter_for_capture(device)
     stream = torch._C._cuda_getCurrentRawStream(device)
     counter = _of_stream.get((device, stream))
@@ -35,7 +36,7 @@ def _take(device: int) -> Tensor:
 
 
 def _counter_for_capture(device: int) -> Tensor:
-    """In a capture nothing can be allocated and zeroed ahead: if no counter is left, each replay zeroes one."""
+    """Nothing can be zeroed ahead in a capture: if no counter is left, each replay zeroes one."""
     if _unused.get(device):
         counter = _unused[device].pop()
     else:

@@ -4,10 +4,10 @@ The readable version of the kernels: same loops, same names. A tile spans all ba
 because PyTorch is at its best with large operations. The query heads that share a key head (their
 number is the group) are stacked as rows, so no key is ever repeated. With h = batch * heads_k:
 
-    gQ, gdO, acc_O      (h, tile_m * group, head_dim)
-    gK, gV, acc_dK, acc_dV   (h, tile_n, head_dim)
-    acc_S, acc_P, acc_dP, acc_dS   (h, tile_m * group, tile_n)
-    row_max, row_sum    (h, tile_m * group, 1)
+    gQ, gdO, acc_O                  (h, tile_m * group, head_dim)
+    gK, gV, acc_dK, acc_dV          (h, tile_n, head_dim)
+    acc_S, acc_P, acc_dP, acc_dS    (h, tile_m * group, tile_n)
+    row_max, row_sum                (h, tile_m * group, 1)
 
 Works on any device and any strides. Computes in float32, for float64 inputs in float64.
 """
@@ -22,10 +22,11 @@ from mini_flash_attention.philox import keep_mask
 from mini_flash_attention.problem import Problem
 
 INF = math.inf
-# Scores in a tile: 2 MB, so that the few that are alive at once stay in cache. 2^18 and 2^20 are up to
-# 10 % slower (AMD EPYC, 2 cores, 32 MB of cache; B=1, H=8, S=4096, D=64, forward + backward).
+# Scores in a tile: 2 MB, so that the few tiles alive at once stay in cache. 2^18 and 2^20 cost up
+# to 8 % more (forward + backward, B=1, H=8, S=4096, D=64; two cores of an AMD EPYC, 32 MB of L3).
 TILE_ELEMENTS = 2**19
-MIN_TILE = 128  # below, matrix products are too small: at B=H=16, tiles of 64 cost 30 % more
+# Shorter tiles make small products: 64 costs 29 % more (forward, B=H=16, S=512, D=128, one core).
+MIN_TILE = 128
 
 
 def forward(
@@ -39,9 +40,7 @@ def forward(
     """
     tile_m, tile_n = tile_shape(problem)
     out = q.new_empty(q.shape)
-    lse = q.new_empty(
-        (problem.batch, problem.heads_q, problem.seqlen_q), dtype=compute_dtype(problem)
-    )
+    lse = q.new_empty((problem.batch, problem.heads_q, problem.seqlen_q), dtype=compute_dtype(problem))
     for m_block in range(math.ceil(problem.seqlen_q / tile_m)):
         rows = block(m_block, tile_m, problem.seqlen_q)
         gQ = load_rows(problem, q, rows) * problem.softmax_scale
@@ -63,6 +62,7 @@ def forward(
             if problem.dropout_p > 0:
                 acc_P.mul_(kept(problem, seed, rows, keys))
             acc_O.mul_(rescale).baddbmm_(acc_P, gV)
+            del acc_S, acc_P  # the next tile takes over their memory, which is still in cache
 
         store_rows(problem, row_max + row_sum.log(), as_column(lse), rows)
         row_sum.masked_fill_(row_sum == 0, 1)  # a row without keys, where acc_O is 0
@@ -125,7 +125,7 @@ def backward(
 def dropout_probabilities(
     problem: Problem, q: Tensor, k: Tensor, lse: Tensor, alibi_slopes: Tensor | None, seed: int
 ) -> Tensor:
-    """The probabilities before dropout, negative (-0.0 too) where dropped. Quadratic memory: for tests.
+    """The probabilities before dropout, negative where dropped (-0.0 too); for tests.
 
     Returns:
         S_dmask: (batch, heads_q, seqlen_q, seqlen_k), in the dtype of the computation.
@@ -183,18 +183,14 @@ def scores(
 
 def mask(problem: Problem, acc_S: Tensor, rows: slice, keys: slice) -> None:
     """acc_S <- -inf outside the window. Most tiles lie inside: those that do are left alone."""
-    left, right = problem.window_left, problem.window_right
+    left = INF if problem.window_left is None else problem.window_left
+    right = INF if problem.window_right is None else problem.window_right
     diagonal = problem.seqlen_k - problem.seqlen_q
-    cut_left = left is not None and keys.start < rows.stop - 1 + diagonal - left
-    cut_right = right is not None and keys.stop - 1 > rows.start + diagonal + right
-    if cut_left or cut_right:
+    farthest_left = keys.start - (rows.stop - 1 + diagonal)  # the last row's first key
+    farthest_right = keys.stop - 1 - (rows.start + diagonal)  # the first row's last key
+    if farthest_left < -left or farthest_right > right:
         distance = from_diagonal(problem, rows, keys, acc_S.device)
-        hidden = torch.zeros_like(distance, dtype=torch.bool)
-        if cut_left:
-            hidden |= distance < -left
-        if cut_right:
-            hidden |= distance > right
-        by_head(problem, acc_S).masked_fill_(hidden, -INF)
+        by_head(problem, acc_S).masked_fill_((distance < -left) | (distance > right), -INF)
 
 
 def from_diagonal(problem: Problem, rows: slice, keys: slice, device: torch.device) -> Tensor:
@@ -259,6 +255,7 @@ def store_keys(problem: Problem, tile: Tensor, x: Tensor, keys: slice) -> None:
 
 
 def load(problem: Problem, x: Tensor) -> Tensor:
+    """x in the dtype of the computation and, where that needs a copy, contiguous."""
     return x.to(compute_dtype(problem), memory_format=torch.contiguous_format)
 
 
@@ -268,7 +265,7 @@ def view_rows(problem: Problem, x: Tensor, rows: slice) -> Tensor:
 
 
 def as_column(x: Tensor) -> Tensor:
-    """View an LSE (batch, heads_q, seqlen_q) as (batch, seqlen_q, heads_q, 1): a q of head_dim 1."""
+    """View an LSE (batch, heads_q, seqlen_q) as q is laid out: (batch, seqlen_q, heads_q, 1)."""
     return x.mT.unsqueeze(-1)
 
 

@@ -16,27 +16,25 @@ ELEMENTS = 8  # of a 16-byte chunk: the kernels want head dims, strides and addr
 
 
 def backend(problem: Problem) -> str:
-    """"cpu", "sm80" or "sm90": forced by MINI_FLASH_ATTENTION_BACKEND, otherwise the best for the tensors' device."""
+    """Returns "cpu", "sm80" or "sm90": MINI_FLASH_ATTENTION_BACKEND, else the device's best."""
     return choose(problem.device, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
 
 
 @functools.cache
 def choose(device: torch.device, forced: str | None) -> str:
     if forced not in (None, "", "cpu", "sm80", "sm90"):
-        raise ValueError(
-            f"MINI_FLASH_ATTENTION_BACKEND must be cpu, sm80 or sm90, but was {forced!r}"
-        )
+        raise ValueError(f"MINI_FLASH_ATTENTION_BACKEND must be cpu, sm80 or sm90, but was {forced!r}")
     if forced == "cpu" or (device.type != "cuda" and not forced):
         return "cpu"
     if device.type != "cuda":
         raise ValueError(
-            f"MINI_FLASH_ATTENTION_BACKEND={forced} needs tensors on a CUDA device, but they are on {device}"
+            f"MINI_FLASH_ATTENTION_BACKEND={forced} needs CUDA tensors, but they are on {device}"
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise RuntimeError(
-            f"mini-flash-attention needs a GPU of compute capability 8.0 (Ampere) or newer, but {device} "
-            f"({torch.cuda.get_device_name(device)}) has {capability[0]}.{capability[1]}; "
+            "mini-flash-attention needs a GPU of compute capability 8.0 (Ampere) or newer, but "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; "
             "MINI_FLASH_ATTENTION_BACKEND=cpu runs on it with PyTorch operations"
         )
     paths = config.paths(config.gpu_arch(capability))
@@ -54,16 +52,15 @@ def forward(
     seed: int | None,
 ) -> tuple[Tensor, Tensor]:
     """out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q)."""
-    path = backend(problem)
-    if path == "cpu":
+    plan = forward_plan(problem, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
+    if plan is None:
         with torch.autocast(problem.device.type, enabled=False):
             return cpu.forward(problem, q, k, v, alibi_slopes, seed)
-    plan = forward_plan(problem, path)
     if plan.launch is None:
         return empty_result(q)
-    if not (plan.simple and ready(q) and ready(k) and ready(v)):
-        return forward_copied(plan, problem, q, k, v)
-    return plan.run(q, k, v)
+    if plan.simple and ready(q) and ready(k) and ready(v):
+        return plan.run(q, k, v)
+    return forward_copied(plan, problem, q, k, v)
 
 
 def backward(
@@ -81,7 +78,8 @@ def backward(
     """dq, dk, dv."""
     if backend(problem) != "cpu":
         raise NotImplementedError(
-            "backward: gradients on the GPU are not implemented yet; MINI_FLASH_ATTENTION_BACKEND=cpu has them"
+            "backward: gradients on the GPU are not implemented yet; "
+            "MINI_FLASH_ATTENTION_BACKEND=cpu has them"
         )
     with torch.autocast(problem.device.type, enabled=False):
         return cpu.backward(problem, dout, dlse, q, k, v, out, lse, alibi_slopes, seed)
@@ -91,18 +89,17 @@ class ForwardPlan(NamedTuple):
     """A kernel and the numbers it takes, for all calls of one problem."""
 
     launch: Callable | None  # None: nothing to compute
-    simple: bool  # no copy is needed but for strides
+    simple: bool  # q, k and v can be used as they are, if their strides allow it
     device: int
+    lse: Tensor  # (batch, heads, seqlen_q), all one element: empty_like is the cheapest allocation
     numbers: tuple[float | int, ...]
     scheduled: bool  # the kernel draws its tiles from a counter
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.cuda.current_device() != self.device:
+        if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 return self.run(q, k, v)
-        batch, seqlen_q, heads, _ = q.shape
-        out = torch.empty_like(q)
-        lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+        out, lse = torch.empty_like(q), torch.empty_like(self.lse)
         if self.scheduled:
             self.launch(q, k, v, out, lse, *self.numbers, tile_counter(self.device))
         else:
@@ -111,25 +108,31 @@ class ForwardPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_plan(problem: Problem, path: str) -> ForwardPlan:
+def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | None:
+    """How to compute a problem on the GPU; None: on the CPU backend."""
+    path = choose(problem.device, forced)
+    if path == "cpu":
+        return None
     check_supported(problem)
+    device = problem.device.index
+    shape = problem.batch, problem.heads_q, problem.seqlen_q
+    lse = torch.empty((), dtype=torch.float32, device=problem.device).expand(shape)
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return ForwardPlan(None, True, problem.device.index, (), False)
-    properties = torch.cuda.get_device_properties(problem.device)
-    row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
-    right = problem.seqlen_q if problem.window_right is None else problem.window_right
+        return ForwardPlan(None, True, device, lse, (), False)
+    properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
+    row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
     numbers = (
         abs(problem.softmax_scale) or 1.0,
         problem.window_left or 0,
-        right,
-        swath(row, problem, num_sms),
+        problem.seqlen_q if problem.window_right is None else problem.window_right,
+        swath(row.at(problem.seqlen_q), problem, num_sms),
     )
     scheduled = path == "sm90"
     if scheduled:
         numbers = (*numbers, num_sms)
     simple = problem.softmax_scale > 0 and problem.head_dim % ELEMENTS == 0
-    return ForwardPlan(compile.get(row), simple, problem.device.index, numbers, scheduled)
+    return ForwardPlan(compile.get(row), simple, device, lse, numbers, scheduled)
 
 
 def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConfig:
@@ -161,14 +164,15 @@ def check_supported(problem: Problem) -> None:
 
 
 def swath(row: config.ForwardConfig, problem: Problem, num_sms: int) -> int:
-    """How many heads to walk together (kernels/scheduler.py).
+    """How many heads to walk together (kernels/scheduler.py), all swaths of nearly one size.
 
-    Few enough that several thread blocks read the same keys at a time, enough that the last swath's short tiles even out
-    its long ones (4 tiles an SM); all swaths of nearly one size. Measured on an H100: docs/worklog.md.
+    Few enough that the thread blocks at work at one time share keys in the L2 cache; enough (4 tiles
+    an SM) that the last swath's short tiles even out its long ones. The bounds were measured on an
+    H100: docs/worklog.md.
     """
     tiles = -(-problem.seqlen_q // row.tile_m)
     heads = problem.batch * problem.heads_q
-    size = min(32, max(1, round(4 * num_sms / tiles)))
+    size = min(32, max(16, round(4 * num_sms / tiles)))
     return -(-heads // max(1, round(heads / size)))
 
 
@@ -181,15 +185,13 @@ def ready(x: Tensor) -> bool:
 def forward_copied(
     plan: ForwardPlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Through copies: head dims padded to a multiple of 8, strides that TMA and 16-byte loads can't follow, scales <= 0."""
+    """Through copies: head dims padded to 8, strides that 16-byte loads can't follow, scales <= 0."""
     if problem.softmax_scale <= 0:  # the kernels take the maximum before they scale
         q = q * -1.0 if problem.softmax_scale < 0 else torch.zeros_like(q)
     padding = -problem.head_dim % ELEMENTS
     if padding:
         q, k, v = (torch.nn.functional.pad(x, (0, padding)) for x in (q, k, v))
-    q, k, v = (
-        x if ready(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)
-    )
+    q, k, v = (x if ready(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     out, lse = plan.run(q, k, v)
     return out[..., : problem.head_dim], lse
 

@@ -39,9 +39,7 @@ def keep_threshold(dropout_p: float) -> int:
     return min(round((1 - dropout_p) * 2**32), MASK32)
 
 
-def keep_mask(
-    seed: int, dropout_p: float, batch_heads: Tensor, rows: Tensor, keys: range
-) -> Tensor:
+def keep_mask(seed: int, dropout_p: float, batch_heads: Tensor, rows: Tensor, keys: range) -> Tensor:
     """Which elements dropout keeps.
 
     Args:

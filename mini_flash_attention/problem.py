@@ -120,9 +120,7 @@ def _problem(
         heads_q=heads_q,
         heads_k=heads_k,
         head_dim=head_dim,
-        softmax_scale=(
-            head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
-        ),
+        softmax_scale=(head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)),
         # A limit that hides no key from any query is none: the last query has seqlen_k - 1 keys to
         # the left of its diagonal, the first one seqlen_q - 1 to the right.
         window_left=None if left is None or left >= seqlen_k - 1 else left,
@@ -153,9 +151,7 @@ def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> None:
         raise ValueError(f"the heads of q ({q[2]}) must be a multiple of the heads of k ({k[2]})")
 
 
-def _check_dtypes_and_devices(
-    dtypes: tuple[torch.dtype, ...], devices: tuple[torch.device, ...]
-) -> None:
+def _check_dtypes_and_devices(dtypes: tuple[torch.dtype, ...], devices: tuple[torch.device, ...]) -> None:
     for what, values in (("dtype", dtypes), ("device", devices)):
         if len(set(values)) > 1:
             q, k, v = values
@@ -208,9 +204,7 @@ def _limit(side: str, value: int | None) -> int | None:
     if value is None:
         return None
     if not isinstance(value, Integral):
-        raise TypeError(
-            f"window_size must be a pair of ints (or None: no limit), but {side} is {value!r}"
-        )
+        raise TypeError(f"window_size must be a pair of ints (or None: no limit), but {side} is {value!r}")
     return int(value) if value >= 0 else None
 
 

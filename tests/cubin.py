@@ -42,10 +42,7 @@ def _of_cubin(cubin: bytes) -> list[Resources]:
         if attribute in (FRAME_SIZE, MIN_STACK_SIZE, REGISTER_COUNT):
             symbol, value = struct.unpack("<II", payload)
             values[symbol][attribute] = value
-    return [
-        Resources(of[REGISTER_COUNT], max(of[FRAME_SIZE], of[MIN_STACK_SIZE]))
-        for of in values.values()
-    ]
+    return [Resources(of[REGISTER_COUNT], max(of[FRAME_SIZE], of[MIN_STACK_SIZE])) for of in values.values()]
 
 
 def _records(info: bytes) -> Iterator[tuple[int, bytes]]:

@@ -26,9 +26,7 @@ OPTIONS = (
 )
 
 
-def inputs(
-    seqlen_q: int = 5, seqlen_k: int = 7, dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
+def inputs(seqlen_q: int = 5, seqlen_k: int = 7, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """q, k and v with 2 query heads for each key head."""
     shapes = (2, seqlen_q, 4, 8), (2, seqlen_k, 2, 8), (2, seqlen_k, 2, 8)
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
@@ -302,9 +300,7 @@ def test_torch_compile_costs_one_graph_break(backend):
             expected = model(*tensors, window_size=window_size)
             out = compiled(*compiled_tensors, window_size=window_size)
             torch.testing.assert_close(out, expected)
-            torch.testing.assert_close(
-                gradients(out, compiled_tensors), gradients(expected, tensors)
-            )
+            torch.testing.assert_close(gradients(out, compiled_tensors), gradients(expected, tensors))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, weight), model(x, weight))
     assert torch._dynamo.explain(model)(x, weight).graph_break_count == 1

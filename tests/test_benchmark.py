@@ -51,9 +51,7 @@ def test_flops_and_bytes():
 def test_sweep_holds_tokens_and_hidden_size():
     points = list(cases.sweep("cuda"))
     assert len(set(points)) == 36
-    assert {(case.batch * case.seqlen_q, case.heads_q * case.head_dim) for case in points} == {
-        (16384, 2048)
-    }
+    assert {(case.batch * case.seqlen_q, case.heads_q * case.head_dim) for case in points} == {(16384, 2048)}
 
 
 def test_summary_is_median_and_width_of_the_middle():
@@ -69,9 +67,7 @@ def test_implementations_take_turns():
         call()
         return 1.0
 
-    timed = {
-        name: timing.Timed(lambda name=name: order.append(name), nullcontext) for name in "abc"
-    }
+    timed = {name: timing.Timed(lambda name=name: order.append(name), nullcontext) for name in "abc"}
     timing.in_turn(timed, clock, rounds=3)
     assert "".join(order[-9:]) == "abcbcacab"
 

@@ -28,7 +28,10 @@ def test_ranges_match_their_definition(tile_m, tile_n):
                 return any(visible(i, j, *sizes) for i in rows for j in keys)  # noqa: B023
 
             def whole(m, n):
-                rows, keys = range(m * tile_m, (m + 1) * tile_m), range(n * tile_n, (n + 1) * tile_n)  # noqa: B023
+                rows, keys = (
+                    range(m * tile_m, (m + 1) * tile_m),
+                    range(n * tile_n, (n + 1) * tile_n),
+                )  # noqa: B023
                 return keys.stop <= seqlen_k and all(  # noqa: B023
                     visible(i, j, *sizes)  # noqa: B023
                     for i in rows

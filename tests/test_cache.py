@@ -205,9 +205,7 @@ def test_unusable_directory_costs_one_warning(
     assert not list(directory.glob("*.tmp"))
 
 
-def test_read_only_directory_serves_what_it_has(
-    directory: Path, compiled: list[TinyConfig]
-) -> None:
+def test_read_only_directory_serves_what_it_has(directory: Path, compiled: list[TinyConfig]) -> None:
     compile.library(CONFIG)
     compiled.clear()
     directory.chmod(0o500)

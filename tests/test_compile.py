@@ -1,4 +1,4 @@
-"""What is compiled: every row of the tile tables, once, and without a stack."""
+"""What is compiled: every row of the tile tables, once, with no more stack than its row states."""
 
 import dataclasses
 import importlib.util

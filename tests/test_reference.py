@@ -91,17 +91,13 @@ def test_dropout_scales_what_it_keeps():
 def test_rows_without_keys_have_no_gradient():
     q, k, v = (x.requires_grad_() for x in inputs(1, 6, 3, 2, 1, 4))
     out, lse = attention(q, k, v, window_right=0)  # rows 0 to 2 see nothing
-    assert (
-        not out[:, :3].any() and (lse[..., :3] == -math.inf).all() and lse[..., 3:].isfinite().all()
-    )
+    assert not out[:, :3].any() and (lse[..., :3] == -math.inf).all() and lse[..., 3:].isfinite().all()
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     gradients = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
     assert all(g.isfinite().all() for g in gradients) and not gradients[0][:, :3].any()
     # As if those rows were not there.
     alone = [x.detach().requires_grad_() for x in (q[:, 3:], k, v)]
-    expected = torch.autograd.grad(
-        attention(*alone, window_right=0), alone, (dout[:, 3:], dlse[..., 3:])
-    )
+    expected = torch.autograd.grad(attention(*alone, window_right=0), alone, (dout[:, 3:], dlse[..., 3:]))
     for gradient, other in zip((gradients[0][:, 3:], *gradients[1:]), expected, strict=True):
         torch.testing.assert_close(gradient, other)
 

@@ -1,4 +1,4 @@
-"""Stand-ins for a kernel's arguments: what compilation may know of them. Lengths, strides and numbers stay symbols."""
+"""Stand-ins for a kernel's arguments: what compilation may know of them. Numbers stay symbols."""
 
 import cutlass
 import cutlass.cute as cute

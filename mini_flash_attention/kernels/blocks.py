@@ -1,7 +1,7 @@
-"""Which blocks meet: plain integer arithmetic, on Python integers (CPU backend, tests) and on those of a kernel being traced.
+"""Which blocks meet: plain integer arithmetic, on Python integers and on those of a kernel being traced.
 
-Row i may see key j when -window_left <= j - (i + seqlen_k - seqlen_q) <= window_right; None is no limit. Ranges are
-half-open, (first, last) with first <= last.
+Row i may see key j when -window_left <= j - (i + seqlen_k - seqlen_q) <= window_right; None is no
+limit. Ranges are half-open, (first, last) with first <= last.
 """
 
 
@@ -53,15 +53,16 @@ def unmasked_blocks(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, wi
 
 
 def query_blocks(n_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
-    """The query blocks that hold a row which sees some key of block n_block: the same window, seen from the keys."""
+    """The query blocks with a row that sees a key of block n_block: the window, seen from the keys."""
     return key_blocks(n_block, tile_n, tile_m, seqlen_k, seqlen_q, window_right, window_left)
 
 
 def walk(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
-    """The walk of query block m_block over its key blocks, from the last to the first: (start, free_end, free_first, first).
+    """How query block m_block walks its key blocks: (start, free_end, free_first, first).
 
-    It goes from start down to first. Blocks in [free_first, free_end) need no mask, the others do. Where no row sees a
-    key, the one block start is visited all the same, masked; with a left limit start is always masked.
+    It goes from start down to first. Blocks in [free_first, free_end) need no mask, the others do.
+    Where no row sees a key, the one block start is visited all the same, masked; with a left limit
+    start is always masked.
     """
     sizes = tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right
     first, last = key_blocks(m_block, *sizes)

@@ -1,7 +1,8 @@
 """Accumulators in registers: how to see them as rows and columns, as the next operand, and how to store them.
 
-A tensor-core accumulator of one thread has the shape ((2, 2), M, N) for mma.sync and ((2, 2, V), M, N) for wgmma: pairs of
-adjacent columns, two rows that lie 8 apart, and repetitions. The same 4 threads (a quad) share a row in both.
+A tensor-core accumulator of one thread has the shape ((2, 2), M, N) for mma.sync and ((2, 2, V), M, N)
+for wgmma: pairs of adjacent columns, two rows that lie 8 apart, and repetitions. In both, the 4 threads
+of a quad share a row.
 """
 
 import cutlass
@@ -10,13 +11,11 @@ from cutlass import BFloat16, Int32, const_expr
 
 
 def rows_cols(acc: cute.Tensor) -> cute.Tensor:
-    """View an accumulator as (rows, columns) of this thread; column c is 8 * (c // 2) + c % 2 further than column 0."""
+    """View an accumulator as this thread's (rows, columns); column c lies 8 * (c // 2) + c % 2 right of 0."""
     shape, stride = acc.layout.shape, acc.layout.stride
     rows = (shape[0][1], shape[1]), (stride[0][1], stride[1])
     cols = (shape[0][0], *shape[0][2:], shape[2]), (stride[0][0], *stride[0][2:], stride[2])
-    return cute.make_tensor(
-        acc.iterator, cute.make_layout((rows[0], cols[0]), stride=(rows[1], cols[1]))
-    )
+    return cute.make_tensor(acc.iterator, cute.make_layout((rows[0], cols[0]), stride=(rows[1], cols[1])))
 
 
 def as_operand_A(acc: cute.Tensor) -> cute.Tensor:
@@ -40,7 +39,7 @@ def as_operand_A(acc: cute.Tensor) -> cute.Tensor:
 
 @cute.jit
 def convert(src: cute.Tensor, dst: cute.Tensor):
-    """dst <- src (float32), two at a time: `.to()` converts singly at some widths, which serialises the wgmmas around it."""
+    """dst <- src (float32), in pairs: `.to()` may convert singly, which serialises the wgmmas around it."""
     pairs = cute.recast_tensor(dst, Int32)
     ptx = "cvt.rn.bf16x2.f32" if const_expr(dst.element_type is BFloat16) else "cvt.rn.f16x2.f32"
     for i in cutlass.range_constexpr(cute.size(pairs)):
@@ -62,7 +61,7 @@ def rescale(acc: cute.Tensor, factor: cute.Tensor):
 
 @cute.jit
 def quad_transpose(words: cute.Tensor, q: Int32):
-    """Transpose the 4 x 4 words of a quad (4 words in each of 4 threads, q = 0..3): exchange with q ^ 1, then with q ^ 2."""
+    """Transpose a quad's 4 x 4 words (4 in each thread q): exchange with q ^ 1, then with q ^ 2."""
     for x in (1, 2):
         for i in (0, 2) if x == 1 else (0, 1):
             high = (q & x) != 0
@@ -72,9 +71,10 @@ def quad_transpose(words: cute.Tensor, q: Int32):
 
 @cute.jit
 def store_rows(acc: cute.Tensor, mO: cute.Tensor, rows: cute.Tensor, lane: Int32):
-    """Store a 16-bit accumulator to mO (seqlen, head_dim), thread row r at rows[r], 16 bytes at a time, within mO's bounds.
+    """Store a 16-bit accumulator to mO (seqlen, head_dim) within its bounds; thread row r is rows[r].
 
-    A quad holds a row's columns in pairs (one word); after a transpose each of its threads has 8 adjacent columns.
+    A quad holds a row's columns in pairs (one word each); after a transpose each of its threads has 8
+    adjacent columns, and stores them as 16 bytes.
     """
     q = lane % 4
     words = rows_cols(cute.recast_tensor(acc, Int32))  # one word: 2 columns

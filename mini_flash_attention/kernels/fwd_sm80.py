@@ -1,22 +1,28 @@
-"""FlashAttention-2 forward (Dao 2023, arXiv 2307.08691) with cp.async, ldmatrix and mma.sync: every GPU since SM80.
+"""FlashAttention-2 forward (Dao 2023, arXiv 2307.08691) with cp.async, ldmatrix and mma.sync: SM80 on.
 
-q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), o (B, Sq, Hq, D), lse (B, Hq, Sq) float32; float16 or bfloat16, any strides
-with a unit last one. A thread block owns one tile: tile_m query rows of one head, 16 rows of each 16 * warps for a warp.
-It walks the keys from its last block to its first.
+q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), o (B, Sq, Hq, D), lse (B, Hq, Sq) float32; float16 or
+bfloat16, any strides with a unit last one. A thread block owns one tile: tile_m query rows of one
+head, 16 rows of each 16 * warps for a warp. It walks the keys from its last block to its first.
 """
 
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils.hopper_helpers as sm90
+import cutlass.utils.hopper_helpers as hopper
 from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments
 from mini_flash_attention.kernels.blocks import walk
-from mini_flash_attention.kernels.fragments import as_operand_A, convert, rescale, rows_cols, store_rows
+from mini_flash_attention.kernels.fragments import (
+    as_operand_A,
+    convert,
+    rescale,
+    rows_cols,
+    store_rows,
+)
 from mini_flash_attention.kernels.mask import mask
 from mini_flash_attention.kernels.scheduler import num_tiles, tile_coords
 from mini_flash_attention.kernels.seqlen import Sizes
@@ -54,16 +60,14 @@ class Work(NamedTuple):
     k: Operand
     v: Operand
     p: Operand
-    acc_S: cute.Tensor
-    acc_O: cute.Tensor
+    acc_S: cute.Tensor  # ((2, 2), tile_m / (16 * warps), tile_n / 8)
+    acc_O: cute.Tensor  # ((2, 2), tile_m / (16 * warps), d / 8)
     coords: cute.Tensor  # (row, column) of each element of acc_S
     softmax: OnlineSoftmax
 
 
 @cute.jit
-def load_block(
-    x: Loader, mX: cute.Tensor, sX: cute.Tensor, n_block: Int32, whole: cutlass.Constexpr
-):
+def load_block(x: Loader, mX: cute.Tensor, sX: cute.Tensor, n_block: Int32, whole: cutlass.Constexpr):
     """Start copying one block of keys or values; whole: it does not reach beyond the sequence."""
     tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
     gX = cute.local_tile(mX[opaque(x.batch), None, opaque(x.head), None], tile, (n_block, 0))
@@ -80,14 +84,14 @@ def arrive():
 
 
 def key_walk(config, sizes: Sizes, m_block: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-    """blocks.walk, worked out anew wherever it is asked for: what is kept across the products would spill."""
+    """blocks.walk, worked out anew where it is asked for: kept across the products it would spill."""
     tile = config.tile_m, config.tile_n
     window = sizes.window(config.mask)
     return walk(opaque(m_block), *tile, sizes.seqlen_q, sizes.seqlen_k, *window)
 
 
 def masked_end(config, sizes: Sizes, m_block: Int32) -> Int32:
-    """Where the walk's first part ends: masked blocks, and the start, which may reach beyond the keys, in any case."""
+    """Where the walk's first part ends: the start, which may reach beyond the keys, and masked blocks."""
     start, free_end, _, _ = key_walk(config, sizes, m_block)
     return cutlass.min(start, free_end)
 
@@ -119,7 +123,12 @@ def step(
 
 @cute.jit
 def store_O(
-    config: cutlass.Constexpr, w: Work, mO: cute.Tensor, mLSE: cute.Tensor, m_block: Int32, lane: Int32
+    config: cutlass.Constexpr,
+    w: Work,
+    mO: cute.Tensor,
+    mLSE: cute.Tensor,
+    m_block: Int32,
+    lane: Int32,
 ):
     """Normalise O, store it and the log-sum-exp. mO (seqlen_q, d), mLSE (seqlen_q)."""
     w.softmax.finish()
@@ -153,10 +162,8 @@ def kernel(
 ):
     tidx, _, _ = cute.arch.thread_idx()
     tile, _, _ = cute.arch.block_idx()
-    # The same in all lanes: said for the compiler, which then keeps what follows from it in uniform registers.
-    m_block, head, batch = (
-        cute.arch.make_warp_uniform(x) for x in tile_coords(config, sizes, swath, tile)
-    )
+    # The same in all lanes: said for the compiler, which keeps what follows in uniform registers.
+    m_block, head, batch = (cute.arch.make_warp_uniform(x) for x in tile_coords(config, sizes, swath, tile))
     head_kv = head // sizes.group
 
     smem = SmemAllocator()
@@ -228,8 +235,8 @@ def launch(
     """The tensors are as in the module's first lines; the numbers as in arguments.py."""
     dtype = mQ.element_type
     mnk = (config.tile_m, config.tile_n, config.head_dim)
-    sQ_layout = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, mnk, dtype, 1)
-    sKV_layout = sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, mnk, dtype, 1)
+    sQ_layout = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, mnk, dtype, 1)
+    sKV_layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, mnk, dtype, 1)
     batch, seqlen_q, heads, _ = mQ.shape
     group = heads // mK.shape[2]
     sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)

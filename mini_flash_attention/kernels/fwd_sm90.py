@@ -1,9 +1,11 @@
-"""FlashAttention forward for Hopper: one persistent thread block an SM, a producer warp and 2 or 3 consumer warpgroups (WGs).
+"""FlashAttention forward for Hopper: one producer warp, 2 or 3 consumer warpgroups (WGs).
 
-q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), o (B, Sq, Hq, D), lse (B, Hq, Sq) float32; float16 or bfloat16, any strides
-with a unit last one. A tile is tile_m query rows of one head; each WG owns 64 of them and walks the keys from the tile's
-last block to its first. The design is FlashAttention-3's (Shah et al. 2024, arXiv 2407.08608), its softmax is not: blocks
-without a mask compute no maximum (see step).
+One persistent thread block runs on each SM.
+
+q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), o (B, Sq, Hq, D), lse (B, Hq, Sq) float32; float16 or
+bfloat16, any strides with a unit last one. A tile is tile_m query rows of one head; each WG owns 64 of
+them and walks the keys from the tile's last block to its first. The design is FlashAttention-3's (Shah
+et al. 2024, arXiv 2407.08608), its softmax is not: blocks without a mask compute no maximum (see step).
 """
 
 from typing import NamedTuple
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import BFloat16, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 from cutlass.block import block_copy
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
@@ -64,9 +66,7 @@ def key_walk(config, sizes: Sizes, m_block: Int32) -> tuple[Int32, Int32, Int32,
 
 
 @cute.jit
-def produce(
-    config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma, k: Tma, v: Tma, s: Shared
-):
+def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma, k: Tma, v: Tma, s: Shared):
     """The producer warp: draw tiles, tell the consumers, load Q, K and V."""
     lane = cute.arch.lane_idx()
     grid, _, _ = cute.arch.grid_dim()
@@ -80,9 +80,7 @@ def produce(
         s.t_ring.wait_empty(t)  # the consumers have read what this slot said two tiles ago
         if lane == 0:
             announce(s, t, m_block, head, batch)
-            fetched = cute.arch.atomic_add(
-                schedule.counter.llvm_ptr, Int32(1), sem="relaxed", scope="gpu"
-            )
+            fetched = cute.arch.atomic_add(schedule.counter.llvm_ptr, Int32(1), sem="relaxed", scope="gpu")
         start, _, _, first = key_walk(config, sizes, m_block)
         load(k, start, head_kv, batch, s.sK, s.k_ring, it)
         load(q, m_block, head, batch, s.sQ, s.q_ring, t)
@@ -97,10 +95,8 @@ def produce(
     s.t_ring.wait_empty(t)
     if lane == 0:
         announce(s, t, Int32(-1), Int32(0), Int32(0))
-        finished = cute.arch.atomic_add(
-            (schedule.counter + 1).llvm_ptr, Int32(1), sem="relaxed", scope="gpu"
-        )
-        if finished == grid - 1:  # every thread block has drawn its last tile: zero for the next launch
+        finished = cute.arch.atomic_add((schedule.counter + 1).llvm_ptr, Int32(1), sem="relaxed", scope="gpu")
+        if finished == grid - 1:  # nobody draws any more: zero for the next launch
             schedule.counter[0], schedule.counter[1] = Int32(0), Int32(0)
 
 
@@ -117,6 +113,7 @@ def read_tile(s: Shared, t: Int32, lane: Int32):
     """(m_block, head, batch) of the consumers' t-th tile."""
     s.t_ring.wait_full(t)
     slot = s.t_ring.slot(t)
+    # make_warp_uniform is a shuffle: all lanes have read before lane 0 releases the slot.
     m_block, head, batch = (cute.arch.make_warp_uniform(s.sTile[i, slot]) for i in range(3))
     release(s.t_ring, t, lane)
     return m_block, head, batch
@@ -130,12 +127,12 @@ class Work(NamedTuple):
     tidx: Int32  # among the consumers
     qk: cute.TiledMma
     pv: cute.TiledMma
-    tSrQ: cute.Tensor
-    tSrK: cute.Tensor
-    tOrV: cute.Tensor
-    P: cute.Tensor  # A operand of P·V, in registers
-    acc_S: cute.Tensor
-    acc_O: cute.Tensor
+    tSrQ: cute.Tensor  # A of Q·Kᵀ: registers, or descriptors of shared memory (MMA, 1, d / 16, q_stages)
+    tSrK: cute.Tensor  # B of Q·Kᵀ: descriptors (MMA, 1, d / 16, stages)
+    tOrV: cute.Tensor  # B of P·V: descriptors (MMA, 1, tile_n / 16, stages)
+    P: cute.Tensor  # A of P·V: registers (MMA, 1, tile_n / 16)
+    acc_S: cute.Tensor  # ((2, 2, tile_n / 8), 1, 1)
+    acc_O: cute.Tensor  # ((2, 2, d / 8), 1, 1)
     sums: cute.Tensor  # of one block's rows
     coords: cute.Tensor  # (row, column) of each element of acc_S
     softmax: OnlineSoftmax
@@ -180,10 +177,11 @@ def step(
     n_block: Int32,
     masked: cutlass.Constexpr,
 ):
-    """S of block n_block (ring use it + 1) under O += P·V of the one before (use it); then S becomes P.
+    """S of the next block (ring use it + 1) under O += P·V of the one before (use it); then S becomes P.
 
-    A block without a mask takes no maximum: the rows keep their offsets, and the block's sums tell whether P stayed in
-    range. Where it did not, for any of the WG's 64 rows, S is computed once more and the offsets are renewed.
+    n_block is read by the mask alone. A block without a mask takes no maximum: the rows keep their
+    offsets, and the block's sums tell whether P stayed in range. Where it did not, for any of the WG's
+    64 rows, S is computed once more and the offsets are renewed.
     """
     s.k_ring.wait_full(it + 1)
     my_turn(config, w.wg)
@@ -255,7 +253,7 @@ def consume(
     mO: cute.Tensor,
     mLSE: cute.Tensor,
 ):
-    """A consumer warp. With two Q buffers, a tile's first S is issued with the last P·V of the tile before it."""
+    """A consumer warp. With two Q buffers, a tile's first S is issued with the previous tile's last P·V."""
     if const_expr(config.ordered):
         if w.wg == config.wgs - 1:  # WG 0 begins
             cute.arch.barrier_arrive(barrier_id=1, number_of_threads=256)
@@ -372,7 +370,8 @@ def make_work(
         tSrQ = thr_qk.make_fragment_A(thr_qk.partition_shape_A(tile_o))
     else:
         tSrQ = wg_qk.make_fragment_A(wg_qk.partition_A(s.sQ))
-    sVt = cute.make_tensor(s.sV.iterator, cute.select(s.sV.layout, mode=[1, 0, 2]))  # (d, tile_n, stages)
+    # (d, tile_n, stages)
+    sVt = cute.make_tensor(s.sV.iterator, cute.select(s.sV.layout, mode=[1, 0, 2]))
     offset, row_sum, sums = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
     return Work(
         wg=wg,
@@ -453,7 +452,31 @@ def launch(
     config: cutlass.Constexpr,
     stream,
 ):
-    """The tensors are as in the module's first lines; counter: two int32 zeros, left zero; the numbers as in dispatch.py."""
+    """Tensors as in the module's first lines, numbers as in dispatch.py, counter as in counters.py."""
+    batch, seqlen_q, heads, _ = mQ.shape
+    group = heads // mK.shape[2]
+    sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
+    schedule = Schedule(swath, counter.iterator)
+    tensors = mQ, mK, mV, mO, mLSE
+    if const_expr(config.short is None):
+        launch_tiles(config, sizes, schedule, num_sms, tensors, scale, stream)
+    elif seqlen_q <= config.short_seqlen:
+        launch_tiles(config.short, sizes, schedule, num_sms, tensors, scale, stream)
+    else:
+        launch_tiles(config, sizes, schedule, num_sms, tensors, scale, stream)
+
+
+@cute.jit
+def launch_tiles(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    schedule: Schedule,
+    num_sms: Int32,
+    tensors: tuple[cute.Tensor, ...],
+    scale: Float32,
+    stream,
+):
+    mQ, mK, mV, mO, mLSE = tensors
     dtype = mQ.element_type
     mnk = (config.tile_m, config.tile_n, config.head_dim)
     sQ_layout = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, mnk, dtype, config.q_stages)
@@ -473,13 +496,10 @@ def launch(
     k = make_tma(g2s, mK, sKV_layout, (config.tile_n, config.head_dim))
     v = make_tma(g2s, mV, sKV_layout, (config.tile_n, config.head_dim))
     o = make_tma(s2g, mO, sO_layout, (16, config.head_dim))
-    batch, seqlen_q, heads, _ = mQ.shape
-    group = heads // mK.shape[2]
-    sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
     kernel(
         config,
         sizes,
-        Schedule(swath, counter.iterator),
+        schedule,
         q,
         k,
         v,

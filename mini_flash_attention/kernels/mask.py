@@ -17,9 +17,10 @@ def mask(
     m_block: Int32,
     n_block: Int32,
 ):
-    """acc_S <- -inf where row i may not see key j: j >= seqlen_k, or j outside the window around i's diagonal.
+    """acc_S <- -inf where row i may not see key j: beyond seqlen_k, or outside i's window.
 
-    coords: acc_S's (row, column) in the tile. The diagonal, j = i + seqlen_k - seqlen_q, ends at the bottom right.
+    coords: acc_S's (row, column) in the tile. The window lies around the diagonal, j = i + seqlen_k -
+    seqlen_q, which ends at the bottom right.
     """
     S, rc = rows_cols(acc_S), rows_cols(coords)
     left, right = sizes.window(config.mask)

@@ -14,7 +14,9 @@ class Schedule:
     """How a persistent kernel hands out its tiles."""
 
     swath: Int32  # heads walked together: see tile_coords
-    counter: cute.Pointer  # [0]: tiles drawn beyond each thread block's first; [1]: thread blocks that are done
+    counter: (
+        cute.Pointer
+    )  # [0]: tiles drawn beyond each thread block's first; [1]: thread blocks that are done
 
 
 def num_tiles(config, sizes: Sizes) -> Int32:
@@ -25,9 +27,9 @@ def num_tiles(config, sizes: Sizes) -> Int32:
 def tile_coords(config: cutlass.Constexpr, sizes: Sizes, swath: Int32, tile: Int32):
     """tile -> (m_block, head, batch).
 
-    Without a mask all tiles are equally long: the tiles of a head follow each other. With one, `swath` heads are walked
-    together, their last (causal: longest) query blocks first, so that the work ends on short tiles; a swath is narrow
-    enough for its keys and values to stay in the L2 cache.
+    Without a mask all tiles are equally long: the tiles of a head follow each other. With one, `swath`
+    heads are walked together, their last (causal: longest) query blocks first, so that the work ends
+    on short tiles; a swath is narrow enough for its keys and values to stay in the L2 cache.
     """
     m_blocks = cute.ceil_div(sizes.seqlen_q, config.tile_m)
     m_block, head_batch = tile % m_blocks, tile // m_blocks

@@ -28,10 +28,8 @@ def make_tiled_load(dtype: type, threads: int, head_dim: int) -> cute.TiledCopy:
 
 @cute.jit
 def opaque(x: Int32) -> Int32:
-    """x, of which the compiler knows nothing: what depends on it is worked out here, not earlier and kept in a register."""
-    return cute.arch.inline_ptx(
-        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x]
-    )
+    """x, unknown to the compiler: what follows from it is worked out here, not kept in registers."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
 
 
 @cute.jit
@@ -43,7 +41,7 @@ def load_tile(
     cols: Int32,
     tidx: Int32,
 ):
-    """Start copying the tile gX to sX; what lies beyond `rows` (None: the tile is whole) and `cols` becomes zero."""
+    """Start copying gX to sX; what lies beyond `rows` (None: the tile is whole) and `cols` becomes zero."""
     thr_load = tiled_load.get_slice(opaque(tidx))
     tXgX, tXsX = thr_load.partition_S(gX), thr_load.partition_D(sX)  # (8, M, K)
     tXcX = thr_load.partition_S(cute.make_identity_tensor(gX.shape))
@@ -58,7 +56,7 @@ def load_tile(
 
 
 class Operand(NamedTuple):
-    """One operand of a product: its registers and, unless it was computed there, where ldmatrix fetches them from."""
+    """One operand of a product: its registers and, unless computed there, where ldmatrix fetches them."""
 
     fragment: cute.Tensor  # (MMA, M or N, K)
     copy: cute.TiledCopy | None = None
@@ -108,8 +106,9 @@ def source(x: Operand, tidx: Int32) -> Source:
 def fetch(x: Operand, s: Source, k: cutlass.Constexpr):
     """Move slice k of an operand from shared memory to registers.
 
-    The swizzle XORs bits 7-9 of an address into bits 4-6. A lane's first address has zeros in bits 5 and 6, so the low bits
-    of an offset can be XORed to the swizzled address, the others added: one register serves all slices.
+    The swizzle XORs bits 7-9 of an address into bits 4-6 (at 64-byte rows: 7-8 into 4-5). A lane's
+    first address has zeros where the offsets of slices have those bits, so the low bits of an offset
+    can be XORed to the swizzled address, the others added: one register serves all slices.
     """
     for i in cutlass.range_constexpr(cute.size(s.layout, mode=[1])):
         offset = 2 * cute.crd2idx((0, i, k), s.layout)  # bytes

@@ -16,16 +16,17 @@ class Tma(NamedTuple):
 
 
 def make_tma(op, mX: cute.Tensor, smem_layout: cute.ComposedLayout, tile: tuple[int, int]) -> Tma:
-    """TMA between mX (B, S, H, D) and a tile (rows, d) of shared memory. Beyond mX it loads zeros and stores nothing."""
+    """TMA between mX (B, S, H, D) and a tile (rows, d) of shared memory; what lies beyond mX is zero."""
     mX = cute.make_tensor(mX.iterator, cute.select(mX.layout, mode=[1, 3, 2, 0]))  # (S, D, H, B)
     layout = cute.select(smem_layout, mode=[0, 1])
     return Tma(*cpasync.make_tiled_tma_atom(op, mX, layout, tile))
 
 
 class Ring(NamedTuple):
-    """A ring of slots in shared memory, each with two mbarriers; its i-th use is slot i % stages in round i // stages.
+    """A ring of slots in shared memory, each with two mbarriers.
 
-    full: what the producer announced has arrived. empty: all consumer warps are done with it.
+    The ring's i-th use is slot i % stages in round i // stages. full: what the producer announced has
+    arrived. empty: all consumer warps are done with it.
     """
 
     full: cute.Pointer
@@ -65,10 +66,8 @@ def release(ring: Ring, i: Int32, lane: Int32):
 
 
 @cute.jit
-def load(
-    tma: Tma, row_block: Int32, head: Int32, batch: Int32, sX: cute.Tensor, ring: Ring, i: Int32
-):
-    """Copy one tile into the ring's slot for use i, once it is empty; sX (rows, d, stages). By one whole warp."""
+def load(tma: Tma, row_block: Int32, head: Int32, batch: Int32, sX: cute.Tensor, ring: Ring, i: Int32):
+    """Copy a tile into the ring's slot for use i, once it is empty; sX (rows, d, stages). By a whole warp."""
     ring.wait_empty(i)
     tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
     full = ring.full + ring.slot(i)
@@ -89,7 +88,8 @@ def wgmma(
 ):
     """Issue acc = A·B or acc += A·B as one group; the caller waits for it."""
     warpgroup.fence()
-    atom = cute.make_mma_atom(tiled_mma.op)  # .set() mutates: a fresh atom, so that nothing escapes a loop
+    # .set() mutates: a fresh atom, so that nothing escapes a loop.
+    atom = cute.make_mma_atom(tiled_mma.op)
     atom.set(warpgroup.Field.ACCUMULATE, accumulate)
     for k in cutlass.range_constexpr(cute.size(tCrA, mode=[2])):
         cute.gemm(atom, acc, tCrA[None, None, k], tCrB[None, None, k], acc)
@@ -101,7 +101,8 @@ def wgmma(
 def all_true(condition, barrier_id: Int32):
     """Whether the condition holds in all 128 threads of a warpgroup; a barrier for them."""
     ok = cute.arch.inline_ptx(
-        "{ .reg .pred p, q; setp.ne.s32 p, {$r0}, 0; barrier.cta.red.and.pred q, {$r1}, 128, p; selp.s32 {$w0}, 1, 0, q; }",
+        "{ .reg .pred p, q; setp.ne.s32 p, {$r0}, 0; "
+        "barrier.cta.red.and.pred q, {$r1}, 128, p; selp.s32 {$w0}, 1, 0, q; }",
         write_only_types=[Int32],
         read_only_args=[Int32(condition), barrier_id],
     )

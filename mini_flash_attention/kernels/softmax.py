@@ -10,7 +10,7 @@ from mini_flash_attention.kernels.fragments import rescale, rows_cols
 
 LN_2 = 0.6931471805599453
 LOG2_E = 1.4426950408889634
-SLACK = 8.0  # a row keeps its offset until its maximum, in log2, has grown past it by this much: P stays below 2^8
+SLACK = 8.0  # log2: a row keeps its offset until its maximum passes it by this much; P stays below 2^8
 
 
 @cute.jit
@@ -26,8 +26,9 @@ def local_max(row: cute.Tensor):
 class OnlineSoftmax:
     """P = exp2(scale_log2 * S - offset), its sum for each row, and the rows' offsets.
 
-    Any offset gives the same result as long as nothing overflows. The textbook takes the running maximum and rescales O
-    in each block; here a row keeps its offset while its maximum has not grown by more than 2^SLACK.
+    Any offset gives the same result as long as nothing overflows. The textbook takes the running
+    maximum and rescales O in each block; here a row keeps its offset while its maximum, in log2, has
+    not grown by more than SLACK.
     """
 
     offset: cute.Tensor  # (rows): log2 units
@@ -46,7 +47,7 @@ class OnlineSoftmax:
 
     @cute.jit
     def exponentials(self, S: cute.Tensor, sums: cute.Tensor, masked: cutlass.Constexpr):
-        """S <- P with the offsets as they are; the rows' sums over this thread's columns are added to sums."""
+        """S <- P with the offsets as they are; the rows' sums (this thread's columns) are added to sums."""
         for r in cutlass.range_constexpr(cute.size(self.offset)):
             offset = self.offset[r]
             if const_expr(masked):  # a row that has seen no key: not -inf - -inf
@@ -59,10 +60,8 @@ class OnlineSoftmax:
             sums[r] = even + odd
 
     @cute.jit
-    def renew(
-        self, acc_S: cute.Tensor, acc_O: cute.Tensor, sums: cute.Tensor, masked: cutlass.Constexpr
-    ):
-        """acc_S <- P where a row's maximum may have grown; acc_O may be rescaled, so no product into it may be in flight."""
+    def renew(self, acc_S: cute.Tensor, acc_O: cute.Tensor, sums: cute.Tensor, masked: cutlass.Constexpr):
+        """acc_S <- P where a row's maximum may have grown; no product into acc_O may be in flight."""
         S = rows_cols(acc_S)
         rows = cute.size(self.offset)
         row_max = [local_max(S[r, None]) * self.scale_log2 for r in range(rows)]

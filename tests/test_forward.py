@@ -1,0 +1,293 @@
+"""The GPU kernels' forward pass: each path that runs on this GPU, over shapes made to go wrong."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from error_rule import check_forward
+from torch import Tensor
+
+from mini_flash_attention import config, flash_attn_func, flash_attn_qkvpacked_func
+
+FULL, CAUSAL = {}, {"causal": True}
+# tile edges and their neighbours, primes, one row, more queries than keys and fewer
+LENGTHS = [
+    (1, 1),
+    (1, 127),
+    (2, 64),
+    (17, 2048),
+    (63, 65),
+    (64, 64),
+    (127, 129),
+    (128, 128),
+    (129, 127),
+    (191, 193),
+    (192, 385),
+    (239, 1),
+    (257, 96),
+    (333, 1000),
+    (512, 512),
+    (769, 255),
+    (799, 3),
+    (1009, 1013),
+]
+WINDOWS = [
+    {"window_size": (50, 20)},
+    {"window_size": (0, 0)},
+    {"window_size": (-1, 30)},
+    {"window_size": (200, -1)},
+    {"window_size": (128, 0), "causal": True},
+    {"window_size": (1, 300)},
+]
+GROUPS = [(1, 1), (2, 1), (3, 3), (5, 1), (6, 2), (7, 7), (12, 4)]  # query heads, key heads
+
+
+@pytest.fixture(params=["sm80", "sm90"])
+def path(request: pytest.FixtureRequest, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path that runs on this GPU, forced."""
+    arch = config.gpu_arch(torch.cuda.get_device_capability(gpu))
+    if request.param not in config.paths(arch):
+        pytest.skip(f"{request.param} does not run on {arch}")
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", request.param)
+    return request.param
+
+
+def inputs(
+    seqlen_q: int,
+    seqlen_k: int,
+    heads_q: int = 2,
+    heads_k: int = 2,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k)
+    return tuple(torch.randn(batch, *s, head_dim, device="cuda").to(dtype) for s in shapes)
+
+
+def reference_options(options: dict[str, Any]) -> dict[str, Any]:
+    left, right = options.get("window_size", (-1, -1))
+    right = 0 if options.get("causal") else right
+    limits = {"window_left": left, "window_right": right}
+    rest = {name: value for name, value in options.items() if name == "softmax_scale"}
+    return {name: limit for name, limit in limits.items() if limit >= 0} | rest
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    check_forward(out, lse, q, k, v, **reference_options(options))
+
+
+@pytest.mark.parametrize("options", [FULL, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_lengths(path: str, lengths: tuple[int, int], head_dim: int, options: dict) -> None:
+    check(*inputs(*lengths, head_dim=head_dim), **options)
+
+
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_windows(path: str, head_dim: int, options: dict) -> None:
+    for lengths in ((113, 203), (1000, 640), (511, 513), (64, 64), (1, 700)):
+        check(*inputs(*lengths, head_dim=head_dim), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [1, 5, 8, 40, 59, 72, 80, 96, 104, 111, 136, 160, 192, 200, 224])
+def test_head_dims(path: str, head_dim: int, dtype: torch.dtype) -> None:
+    for options in (FULL, CAUSAL):
+        check(*inputs(200, 333, head_dim=head_dim, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("heads", GROUPS, ids=str)
+def test_groups(path: str, heads: tuple[int, int]) -> None:
+    for options in (FULL, CAUSAL):
+        check(*inputs(300, 450, *heads, dtype=torch.float16, batch=3), **options)
+
+
+@pytest.mark.parametrize("seqlen", [2048, 2049, 4224])
+def test_long(path: str, seqlen: int) -> None:
+    for head_dim, options in itertools.product((64, 96, 128), (FULL, CAUSAL)):
+        check(*inputs(seqlen, seqlen, head_dim=head_dim, batch=1), **options)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01, 0.0, -0.5, 3])
+def test_scales(path: str, scale: float) -> None:
+    for options in (FULL, CAUSAL):
+        check(*inputs(150, 300), softmax_scale=scale, **options)
+
+
+def test_no_keys_or_no_queries(path: str) -> None:
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        out, lse, _ = flash_attn_func(*inputs(*shape), return_attn_probs=True)
+        assert out.shape == (2, shape[0], 2, 64) and not out.any()
+        assert lse.shape == (2, 2, shape[0]) and (lse == -torch.inf).all()
+    assert flash_attn_func(*inputs(5, 5, batch=0)).shape == (0, 5, 2, 64)
+
+
+@pytest.mark.parametrize("options", [FULL, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("case", ["ramp", "steep ramp", "loud", "negative", "spike"])
+def test_scores_that_defeat_the_guard(
+    path: str, case: str, head_dim: int, dtype: torch.dtype, options: dict
+) -> None:
+    """The kernels start from a row's first maximum, at its right end: let scores grow leftwards."""
+    seqlen = 1500
+    q, k, v = (x.float() for x in inputs(seqlen, seqlen, head_dim=head_dim, dtype=dtype))
+    if case in ("ramp", "steep ramp"):
+        q[..., 0] = 4.0
+        k[..., 0] = torch.linspace(300 if case == "ramp" else 3000, -5, seqlen, device="cuda").view(1, -1, 1)
+    elif case == "loud":
+        q *= 30
+    elif case == "negative":
+        q[..., 0], k[..., 0] = 100.0, -1000.0
+    else:  # one key far above all others, in the block visited last
+        k[:, 3] = q[:, 700] * 20
+    check(q.to(dtype), k.to(dtype), v.to(dtype), **options)
+
+
+def test_layouts(path: str) -> None:
+    """Tensors are read where they lie, whatever their strides; what cannot be is copied."""
+    qkv = torch.randn(2, 300, 3, 4, 72, device="cuda", dtype=torch.float16)
+    q, k, v = (x.contiguous() for x in qkv.unbind(2))
+    expected = flash_attn_func(q, k, v, causal=True)
+    misaligned = torch.empty(q.numel() + 1, device="cuda", dtype=q.dtype)[1:].view_as(q).copy_(q)
+    strange_unit = torch.empty(2, 300, 4, 144, device="cuda", dtype=q.dtype)[..., ::2].copy_(q)
+    odd_stride = torch.empty(2, 300, 4, 77, device="cuda", dtype=q.dtype)[..., :72].copy_(q)
+    layouts = [
+        tuple(qkv.unbind(2)),
+        tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)),
+        tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)),
+        (misaligned, misaligned_like(k), v),
+        (strange_unit, k, v),
+        (odd_stride, k, v),
+    ]
+    for layout in layouts:
+        assert torch.equal(flash_attn_func(*layout, causal=True), expected)
+    assert torch.equal(flash_attn_qkvpacked_func(qkv, causal=True), expected)
+    shared = k[:, :, :1]  # keys expanded over heads, and over the batch
+    grouped = flash_attn_func(q, shared, v[:, :, :1])
+    assert torch.equal(flash_attn_func(q, shared.expand_as(k), v[:, :, :1].expand_as(v)), grouped)
+    assert torch.equal(
+        flash_attn_func(q, k[:1].expand_as(k), v[:1].expand_as(v)),
+        flash_attn_func(q, k[:1].repeat(2, 1, 1, 1), v[:1].repeat(2, 1, 1, 1)),
+    )
+
+
+def misaligned_like(x: Tensor) -> Tensor:
+    return torch.empty(x.numel() + 1, device=x.device, dtype=x.dtype)[1:].view_as(x).copy_(x)
+
+
+def test_nothing_is_written_outside_the_result(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = []
+    allocate = torch.empty_like
+
+    def empty_between_guards(x: Tensor, **kwargs: Any) -> Tensor:
+        pool = torch.full((x.numel() + 8192,), 7.0, dtype=x.dtype, device=x.device)
+        guarded.append(pool)
+        return pool[4096:-4096].view(x.shape)
+
+    for lengths, head_dim in itertools.product(((1, 1), (130, 50), (333, 400)), (40, 64, 128, 256)):
+        tensors = inputs(*lengths, head_dim=head_dim)
+        monkeypatch.setattr(torch, "empty_like", empty_between_guards)
+        flash_attn_func(*tensors, causal=True)
+        monkeypatch.setattr(torch, "empty_like", allocate)
+        assert (guarded[-1][:4096] == 7).all() and (guarded[-1][-4096:] == 7).all()
+
+
+def test_nan_stays_in_its_head(path: str) -> None:
+    q, k, v = inputs(200, 300, 4, 2, dtype=torch.float16)
+    expected = flash_attn_func(q, k, v)
+    for x in (k, v):
+        x[0, 100, 0] = float("nan")
+    out = flash_attn_func(q, k, v)
+    assert out[0, :, :2].isnan().any()
+    assert torch.equal(out[0, :, 2:], expected[0, :, 2:]) and torch.equal(out[1], expected[1])
+
+
+@pytest.mark.parametrize("options", [FULL, CAUSAL, {"window_size": (100, 10)}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_repeats_are_bitwise_equal(path: str, head_dim: int, options: dict) -> None:
+    q, k, v = inputs(700, 700, 16, 4, head_dim=head_dim, batch=8)
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    pressure = torch.empty(1 << 26, device="cuda")
+    for _ in range(100):
+        pressure.add_(1.0)  # other traffic, other timing
+        again, lse_again, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+        assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+def test_graphs_and_streams(path: str) -> None:
+    """Replays beside eager calls on other streams: no shared state, no allocation, the right stream."""
+    q, k, v = inputs(513, 700, 4, 4, head_dim=128)
+    expected = flash_attn_func(q, k, v, causal=True)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=side):
+        captured = [flash_attn_func(q, k, v, causal=True) for _ in range(2)]
+    for _ in range(20):
+        for out in captured:
+            out.fill_(float("nan"))
+        side.wait_stream(torch.cuda.current_stream())
+        graph.replay()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000)
+            late = q.clone()  # ready only after the sleep
+            beside = flash_attn_func(late, k, v, causal=True)
+        torch.cuda.synchronize()
+        for out in (*captured, beside):
+            assert torch.equal(out, expected)
+
+
+def test_other_device(path: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    q, k, v = inputs(300, 300)
+    expected = flash_attn_func(q, k, v)
+    out = flash_attn_func(*(x.to("cuda:1") for x in (q, k, v)))
+    assert torch.cuda.current_device() == 0 and out.device.index == 1
+    assert torch.equal(out.to("cuda:0"), expected)
+
+
+def test_more_heads_than_a_grid_dimension_holds(path: str) -> None:
+    check(*inputs(3, 5, 700, 100, head_dim=8, batch=100))
+
+
+def test_more_than_2_to_31_elements(path: str) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB")
+    seqlen, heads = 1 << 20, 17
+    q = torch.randn(1, seqlen, heads, 128, device="cuda", dtype=torch.bfloat16)
+    assert q.numel() > 2**31
+    k, v = (torch.randn(1, 200, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
+    check_forward(out[:, -500:], lse[..., -500:], q[:, -500:], k, v)
+    few = torch.randn(1, 200, heads, 128, device="cuda", dtype=torch.bfloat16)
+    out, lse, _ = flash_attn_func(few, q, q, causal=True, window_size=(1000, 0), return_attn_probs=True)
+    check_forward(out, lse, few, q[:, -1200:], q[:, -1200:], window_left=1000, window_right=0)
+
+
+def test_gradients_are_not_there_yet(path: str) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(64, 64))
+    out = flash_attn_func(q, k, v)
+    with pytest.raises(NotImplementedError, match="backward"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{"dropout_p": 0.1}, {"softcap": 30.0}, {"alibi_slopes": torch.ones(2)}], ids=str
+)
+def test_arguments_that_the_gpu_does_not_serve_are_named(path: str, options: dict) -> None:
+    options = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in options.items()}
+    with pytest.raises(NotImplementedError, match=next(iter(options))):
+        flash_attn_func(*inputs(64, 64), **options)
+
+
+def test_float32_is_for_the_cpu_backend(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs(64, 64, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="float32"):
+        flash_attn_func(q, k, v)
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", "cpu")
+    check(q, k, v, causal=True)
