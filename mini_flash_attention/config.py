@@ -77,7 +77,7 @@ class ForwardSm90:
 
     def at(self, seqlen_q: int) -> "ForwardSm90":
         """The tiles that the kernel chooses at launch."""
-        return self.short if self.short and seqlen_q <= self.short_seqlen else self
+        return self.short.at(seqlen_q) if self.short and seqlen_q <= self.short_seqlen else self
 
     @property
     def wgs(self) -> int:
@@ -107,10 +107,11 @@ def forward(path: str, arch: str, dtype: str, head_dim: int, mask: str) -> Forwa
     if path == "sm80":
         return ForwardSm80(arch, dtype, head_dim, mask, *SM80_TILES[head_dim])
     row = ForwardSm90(arch, dtype, head_dim, mask, **SM90_TILES[head_dim])
-    if (head_dim, mask) not in SM90_SHORT:
-        return row
-    short, short_seqlen = SM90_SHORT[head_dim, mask]
-    return replace(row, short=replace(row, **short), short_seqlen=short_seqlen)
+    short, short_seqlen = None, 0
+    for seqlen, differences in SM90_SHORT.get((head_dim, mask), ()):
+        short = replace(row, **differences, short=short, short_seqlen=short_seqlen)
+        short_seqlen = seqlen
+    return replace(row, short=short, short_seqlen=short_seqlen)
 
 
 # head dim -> (tile_m, tile_n, warps); each fits the 99 kB of the smallest architecture. 32 rows for
@@ -135,18 +136,19 @@ SM90_TILES = {
     256: dict(tile_m=128, tile_n=64, q_stages=1, ordered=False),
 }
 
-# (head dim, mask) -> (what differs, longest seqlen_q): smaller tiles waste less of a short sequence.
+# (head dim, mask) -> (longest seqlen_q, what differs), shortest first: smaller tiles waste less of a short
+# sequence, and leave room for more of them in flight.
 _SHORT_64 = dict(tile_m=128, stages=4, q_regs=True, ordered=False)
-_SHORT_96 = dict(tile_m=128, tile_n=128, stages=3, q_regs=True, ordered=False)
-_SHORT_128 = dict(tile_n=64, stages=5)
+_SHORT_96 = ((2048, dict(tile_m=128, tile_n=128, stages=3, q_regs=True, ordered=False)),)
+_SHORT_128 = ((512, dict(tile_n=64, stages=5)), (2048, dict(tile_n=96, stages=3)))
 SM90_SHORT = {
-    (64, "full"): (_SHORT_64, 1024),
-    (64, "causal"): (_SHORT_64, 2048),
-    (64, "window"): (_SHORT_64, 2048),
-    (96, "causal"): (_SHORT_96, 2048),
-    (96, "window"): (_SHORT_96, 2048),
-    (128, "causal"): (_SHORT_128, 1024),
-    (128, "window"): (_SHORT_128, 1024),
+    (64, "full"): ((1024, _SHORT_64),),
+    (64, "causal"): ((2048, _SHORT_64),),
+    (64, "window"): ((2048, _SHORT_64),),
+    (96, "causal"): _SHORT_96,
+    (96, "window"): _SHORT_96,
+    (128, "causal"): _SHORT_128,
+    (128, "window"): _SHORT_128,
 }
 
 

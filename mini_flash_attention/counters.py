@@ -5,6 +5,8 @@ so each stream has a counter of its own. A captured launch may be replayed on an
 other: it gets one that nobody else uses.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,12 @@ def tile_counter(device: int) -> Tensor:
     if counter is None:
         counter = _of_stream.setdefault((device, stream), _take(device))
     return counter
+
+
+@functools.cache
+def unused_counter(device: int) -> Tensor:
+    """For launches that draw no tiles: neither read nor written."""
+    return torch.empty(2, dtype=torch.int32, device=f"cuda:{device}")
 
 
 def _take(device: int) -> Tensor:

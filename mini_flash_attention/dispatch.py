@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import compile, config, cpu
-from mini_flash_attention.counters import tile_counter
+from mini_flash_attention.counters import tile_counter, unused_counter
 from mini_flash_attention.problem import Problem
 
 ELEMENTS = 8  # of a 16-byte chunk: the kernels want head dims, strides and addresses in multiples of it
@@ -92,8 +92,8 @@ class ForwardPlan(NamedTuple):
     simple: bool  # q, k and v can be used as they are, if their strides allow it
     device: int
     lse: Tensor  # (batch, heads, seqlen_q), all one element: empty_like is the cheapest allocation
-    numbers: tuple[float | int, ...]
-    scheduled: bool  # the kernel draws its tiles from a counter
+    rest: tuple[float | int | Tensor, ...]  # the kernel's arguments after q, k, v, out and lse
+    scheduled: bool  # a last argument is missing: the counter from which the kernel draws its tiles
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if torch._C._cuda_getDevice() != self.device:
@@ -101,9 +101,9 @@ class ForwardPlan(NamedTuple):
                 return self.run(q, k, v)
         out, lse = torch.empty_like(q), torch.empty_like(self.lse)
         if self.scheduled:
-            self.launch(q, k, v, out, lse, *self.numbers, tile_counter(self.device))
+            self.launch(q, k, v, out, lse, *self.rest, tile_counter(self.device))
         else:
-            self.launch(q, k, v, out, lse, *self.numbers)
+            self.launch(q, k, v, out, lse, *self.rest)
         return out, lse
 
 
@@ -122,17 +122,20 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | None:
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
     row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
-    numbers = (
+    tiles = row.at(problem.seqlen_q)
+    rest = (
         abs(problem.softmax_scale) or 1.0,
         problem.window_left or 0,
         problem.seqlen_q if problem.window_right is None else problem.window_right,
-        swath(row.at(problem.seqlen_q), problem, num_sms),
+        swath(tiles, problem, num_sms),
     )
-    scheduled = path == "sm90"
-    if scheduled:
-        numbers = (*numbers, num_sms)
+    scheduled = False
+    if path == "sm90":
+        num_tiles = -(-problem.seqlen_q // tiles.tile_m) * problem.batch * problem.heads_q
+        scheduled = num_tiles > num_sms  # else the kernel draws nothing, and any address will do
+        rest = (*rest, num_sms) if scheduled else (*rest, num_sms, unused_counter(device))
     simple = problem.softmax_scale > 0 and problem.head_dim % ELEMENTS == 0
-    return ForwardPlan(compile.get(row), simple, device, lse, numbers, scheduled)
+    return ForwardPlan(compile.get(row), simple, device, lse, rest, scheduled)
 
 
 def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConfig:

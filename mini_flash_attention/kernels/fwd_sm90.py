@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.block import block_copy
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
@@ -80,7 +80,8 @@ def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma,
         s.t_ring.wait_empty(t)  # the consumers have read what this slot said two tiles ago
         if lane == 0:
             announce(s, t, m_block, head, batch)
-            fetched = cute.arch.atomic_add(schedule.counter.llvm_ptr, Int32(1), sem="relaxed", scope="gpu")
+            if total > grid:  # else each thread block has one tile, and there is no counter
+                fetched = draw(schedule.counter)
         start, _, _, first = key_walk(config, sizes, m_block)
         load(k, start, head_kv, batch, s.sK, s.k_ring, it)
         load(q, m_block, head, batch, s.sQ, s.q_ring, t)
@@ -95,9 +96,16 @@ def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma,
     s.t_ring.wait_empty(t)
     if lane == 0:
         announce(s, t, Int32(-1), Int32(0), Int32(0))
-        finished = cute.arch.atomic_add((schedule.counter + 1).llvm_ptr, Int32(1), sem="relaxed", scope="gpu")
-        if finished == grid - 1:  # nobody draws any more: zero for the next launch
-            schedule.counter[0], schedule.counter[1] = Int32(0), Int32(0)
+        if total > grid:
+            finished = draw(schedule.counter + 1)
+            if finished == grid - 1:  # nobody draws any more: zero for the next launch
+                schedule.counter[0], schedule.counter[1] = Int32(0), Int32(0)
+
+
+@cute.jit
+def draw(counter: cute.Pointer) -> Int32:
+    """The next number of a counter in global memory."""
+    return cute.arch.atomic_add(counter.llvm_ptr, Int32(1), sem="relaxed", scope="gpu")
 
 
 @cute.jit
@@ -179,9 +187,9 @@ def step(
 ):
     """S of the next block (ring use it + 1) under O += P·V of the one before (use it); then S becomes P.
 
-    n_block is read by the mask alone. A block without a mask takes no maximum: the rows keep their
-    offsets, and the block's sums tell whether P stayed in range. Where it did not, for any of the WG's
-    64 rows, S is computed once more and the offsets are renewed.
+    A block without a mask takes no maximum: the rows keep their offsets, and the block's sums tell
+    whether P stayed in range. Where it did not, for any of the WG's 64 rows, S is computed once more,
+    the offsets are renewed, and False is returned: the caller then stops trusting this tile's offsets.
     """
     s.k_ring.wait_full(it + 1)
     my_turn(config, w.wg)
@@ -191,6 +199,7 @@ def step(
     next_turn(config, w.wg)
     warpgroup.wait_group(1)  # S is there; P·V runs on
     w.sums.fill(0.0)
+    ok = Boolean(True)
     if const_expr(masked):
         release(s.k_ring, it + 1, w.lane)
         mask(config, sizes, w.acc_S, w.coords, m_block, n_block)
@@ -210,6 +219,7 @@ def step(
         w.softmax.row_sum[r] = w.softmax.row_sum[r] + w.sums[r]
     release(s.v_ring, it, w.lane)
     convert(as_operand_A(w.acc_S), w.P)
+    return ok
 
 
 @cute.jit
@@ -276,16 +286,18 @@ def consume(
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
                 release(s.q_ring, t - 1, w.lane)
 
-        for i in cutlass.range(start - free_end, unroll=1):
-            step(config, sizes, s, w, t, it, m_block, start - 1 - i, True)
-            it += 1
-        for _ in cutlass.range(cutlass.min(free_end, start) - free_first, unroll=1):
-            step(config, sizes, s, w, t, it, m_block, 0, False)
-            it += 1
-        if const_expr(config.mask == "window"):
-            for i in cutlass.range(free_first - first, unroll=1):
-                step(config, sizes, s, w, t, it, m_block, free_first - 1 - i, True)
+        n_block, masked_end = start - 1, free_end
+        while n_block >= first:
+            while n_block >= masked_end:
+                step(config, sizes, s, w, t, it, m_block, n_block, True)
                 it += 1
+                n_block -= 1
+            steady = Boolean(True)
+            while (n_block >= free_first) & steady:
+                steady = step(config, sizes, s, w, t, it, m_block, n_block, False)
+                it += 1
+                n_block -= 1
+            masked_end = first  # the left edge, or scores that grow: the rest as if it were masked
 
         if const_expr(config.q_stages == 1):
             release(s.q_ring, t, w.lane)
@@ -458,10 +470,24 @@ def launch(
     sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
     schedule = Schedule(swath, counter.iterator)
     tensors = mQ, mK, mV, mO, mLSE
+    launch_at(config, sizes, schedule, num_sms, tensors, scale, stream)
+
+
+@cute.jit
+def launch_at(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    schedule: Schedule,
+    num_sms: Int32,
+    tensors: tuple[cute.Tensor, ...],
+    scale: Float32,
+    stream,
+):
+    """ForwardSm90.at: the tiles for this many queries."""
     if const_expr(config.short is None):
         launch_tiles(config, sizes, schedule, num_sms, tensors, scale, stream)
-    elif seqlen_q <= config.short_seqlen:
-        launch_tiles(config.short, sizes, schedule, num_sms, tensors, scale, stream)
+    elif sizes.seqlen_q <= config.short_seqlen:
+        launch_at(config.short, sizes, schedule, num_sms, tensors, scale, stream)
     else:
         launch_tiles(config, sizes, schedule, num_sms, tensors, scale, stream)
 
