@@ -53,7 +53,7 @@ class ForwardSm80:
     @property
     def stack(self) -> int:
         """Bytes of stack it may use: a few spilled words cost less than a smaller tile (SM80_TILES)."""
-        return 64 if self.head_dim in (64, 128) else 0
+        return 64 if self.head_dim == 128 and self.mask != "window" else 0
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,11 @@ def bucket(head_dim: int) -> int:
 def forward(path: str, arch: str, dtype: str, head_dim: int, mask: str) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90")."""
     if path == "sm80":
-        return ForwardSm80(arch, dtype, head_dim, mask, *SM80_TILES[head_dim])
+        tiles = SM80_WINDOW_128 if (head_dim, mask) == (128, "window") else SM80_TILES[head_dim]
+        return ForwardSm80(arch, dtype, head_dim, mask, *tiles)
     row = ForwardSm90(arch, dtype, head_dim, mask, **SM90_TILES[head_dim])
+    if head_dim == 256 and mask != "full":
+        row = replace(row, ordered=True)  # 1 % ahead; without a mask 1 % behind
     short, short_seqlen = None, 0
     for seqlen, differences in SM90_SHORT.get((head_dim, mask), ()):
         short = replace(row, **differences, short=short, short_seqlen=short_seqlen)
@@ -114,17 +117,19 @@ def forward(path: str, arch: str, dtype: str, head_dim: int, mask: str) -> Forwa
     return replace(row, short=short, short_seqlen=short_seqlen)
 
 
-# head dim -> (tile_m, tile_n, warps); each fits the 99 kB of the smallest architecture. 32 rows for
-# each warp where registers allow. Measured on an H100 (docs/worklog.md, SM80 tiles): 64: 3 to 6 %
-# ahead of 128 x 96, 5 to 12 % of 128 x 64; 128: 5 to 10 % ahead of 128 x 48, 14 % of 64 x 128, 19 % of
-# 128 x 128 with 8 warps; 256: two thread blocks an SM, 0 to 14 % ahead of 128 x 64 with 8 warps.
+# head dim -> (tile_m, tile_n, warps); each fits the 99 kB of the smallest architecture. 32 rows for each warp
+# where registers allow. Measured on an H100 (docs/worklog.md, SM80 tiles): 64: 128 keys would be 3 to 6 %
+# faster, but spill; 128: spills a few words (see stack), and is still 5 to 10 % ahead of 128 x 48, which does
+# not, 14 % of 64 x 128, 19 % of 128 x 128 with 8 warps; 256: two thread blocks an SM, 0 to 14 % ahead of
+# 128 x 64 with 8 warps.
 SM80_TILES = {
-    64: (128, 128, 4),
+    64: (128, 96, 4),
     96: (128, 64, 4),
     128: (128, 64, 4),
     192: (128, 64, 8),
     256: (64, 64, 4),
 }
+SM80_WINDOW_128 = (64, 64, 4)  # its third loop would spill up to 34 words at 128 x 64
 
 # Measured on an H100 (docs/worklog.md, SM90 tiles). At 192 and 256 two Q buffers would leave too little
 # room for keys.

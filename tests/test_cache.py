@@ -289,6 +289,9 @@ def test_every_version_changes_the_name(
 def test_the_driver_decides_the_cuda_version(
     driver: tuple[int, int] | None, flavour: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    installed = importlib.util.find_spec("nvidia_cutlass_dsl").submodule_search_locations[0]
+    if not (Path(installed) / flavour).exists():
+        pytest.skip(f"CuTe DSL is installed without {flavour}")
     monkeypatch.setattr(compile, "driver_cuda_version", lambda: driver)
     assert flavour in compile._runtime_library.__wrapped__().parts
 

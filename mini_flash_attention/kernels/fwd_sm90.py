@@ -73,26 +73,34 @@ def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma,
     tile, _, _ = cute.arch.block_idx()
     total = num_tiles(config, sizes)
     it, t = Int32(0), Int32(0)  # key blocks and tiles so far
+    has_Q = Boolean(False)  # this tile's Q is on its way
     while tile < total:
         m_block, head, batch = tile_coords(config, sizes, schedule.swath, tile)
         head_kv = head // sizes.group
-        fetched = Int32(0)
+        drawn = Int32(0)
         s.t_ring.wait_empty(t)  # the consumers have read what this slot said two tiles ago
         if lane == 0:
             announce(s, t, m_block, head, batch)
             if total > grid:  # else each thread block has one tile, and there is no counter
-                fetched = draw(schedule.counter)
+                drawn = draw(schedule.counter)
         start, _, _, first = key_walk(config, sizes, m_block)
         load(k, start, head_kv, batch, s.sK, s.k_ring, it)
-        load(q, m_block, head, batch, s.sQ, s.q_ring, t)
+        if not has_Q:
+            load(q, m_block, head, batch, s.sQ, s.q_ring, t)
+        has_Q = Boolean(False)
+        tile = grid + cute.arch.shuffle_sync(drawn, 0)
         for i in cutlass.range(start - first, unroll=1):  # K a block ahead of V, as needed
             load(k, start - 1 - i, head_kv, batch, s.sK, s.k_ring, it + 1)
             load(v, start - i, head_kv, batch, s.sV, s.v_ring, it)
             it += 1
+            if const_expr(config.q_stages == 2):
+                if i == config.stages - 2 and tile < total:  # K and V are full: time for the next Q
+                    m_next, head_next, batch_next = tile_coords(config, sizes, schedule.swath, tile)
+                    load(q, m_next, head_next, batch_next, s.sQ, s.q_ring, t + 1)
+                    has_Q = Boolean(True)
         load(v, cutlass.min(start, first), head_kv, batch, s.sV, s.v_ring, it)
         it += 1
         t += 1
-        tile = grid + cute.arch.shuffle_sync(fetched, 0)
     s.t_ring.wait_empty(t)
     if lane == 0:
         announce(s, t, Int32(-1), Int32(0), Int32(0))
