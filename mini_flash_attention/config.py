@@ -118,12 +118,12 @@ def forward(path: str, arch: str, dtype: str, head_dim: int, mask: str) -> Forwa
 
 
 # head dim -> (tile_m, tile_n, warps); each fits the 99 kB of the smallest architecture. 32 rows for each warp
-# where registers allow. Measured on an H100 (docs/worklog.md, SM80 tiles): 64: 128 keys would be 3 to 6 %
-# faster, but spill; 128: spills a few words (see stack), and is still 5 to 10 % ahead of 128 x 48, which does
-# not, 14 % of 64 x 128, 19 % of 128 x 128 with 8 warps; 256: two thread blocks an SM, 0 to 14 % ahead of
-# 128 x 64 with 8 warps.
+# where registers allow. Measured on an H100 (docs/worklog.md, SM80 tiles): 64: 128 keys would be up to 8 %
+# faster, but 96 and more spill; 128: spills a few words (see stack), and is still 5 to 10 % ahead of
+# 128 x 48, which does not, 14 % of 64 x 128, 19 % of 128 x 128 with 8 warps; 256: two thread blocks an SM,
+# 0 to 14 % ahead of 128 x 64 with 8 warps.
 SM80_TILES = {
-    64: (128, 96, 4),
+    64: (128, 80, 4),
     96: (128, 64, 4),
     128: (128, 64, 4),
     192: (128, 64, 8),

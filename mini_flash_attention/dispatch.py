@@ -175,7 +175,7 @@ def swath(row: config.ForwardConfig, problem: Problem, num_sms: int) -> int:
     """
     tiles = -(-problem.seqlen_q // row.tile_m)
     heads = problem.batch * problem.heads_q
-    size = min(32, max(16, round(4 * num_sms / tiles)))
+    size = min(32, max(problem.head_dim // 8, round(4 * num_sms / tiles)))
     return -(-heads // max(1, round(heads / size)))
 
 

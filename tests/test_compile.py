@@ -81,8 +81,8 @@ NUMBERS = [
 ]
 
 
-def config_of(call: Problem, **changes: object) -> ForwardConfig:
-    return dispatch.forward_config(dataclasses.replace(call, **changes), "sm80", "sm_90a")
+def config_of(call: Problem, path: str = "sm90", **changes: object) -> ForwardConfig:
+    return dispatch.forward_config(dataclasses.replace(call, **changes), path, "sm_90a")
 
 
 @pytest.mark.parametrize("call", [CALL, CAUSAL, WINDOW], ids=["full", "causal", "window"])
