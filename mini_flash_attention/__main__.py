@@ -12,9 +12,6 @@ import torch
 import mini_flash_attention
 from mini_flash_attention import cache, compile, config
 
-DTYPES = ["float16", "bfloat16"]
-MASKS = ["full", "causal", "window"]
-
 
 def main() -> None:
     """Runs the command that the command line names."""
@@ -30,8 +27,8 @@ def main() -> None:
     command.set_defaults(run=precompile)
     command.add_argument("--arch", nargs="+", help="such as sm_90a; by default the GPU here")
     command.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], metavar="D")
-    command.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    command.add_argument("--mask", nargs="+", choices=MASKS, default=["full", "causal"])
+    command.add_argument("--dtype", nargs="+", choices=config.DTYPES, default=config.DTYPES)
+    command.add_argument("--mask", nargs="+", choices=config.MASKS, default=["full", "causal"])
     command.add_argument("--all", action="store_true", help="every kernel, whatever else is given")
     command.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
 
@@ -47,7 +44,7 @@ def precompile(arguments: argparse.Namespace) -> None:
     if not arguments.arch and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: say which, for example --arch sm_90a")
     try:
-        archs = arguments.arch or [config.gpu_arch(torch.device("cuda"))]
+        archs = arguments.arch or [config.gpu_arch(torch.cuda.get_device_capability())]
         configs = [c for arch in archs for c in config.forward_configs(arch)]
         if not arguments.all:
             configs = _chosen(configs, arguments)
@@ -59,8 +56,9 @@ def precompile(arguments: argparse.Namespace) -> None:
 
 def _chosen(configs: list[config.ForwardConfig], arguments: argparse.Namespace) -> list[config.ForwardConfig]:
     available = sorted({c.head_dim for c in configs})
-    if max(arguments.head_dim) > available[-1]:
-        raise ValueError(f"--head-dim is at most {available[-1]}, not {max(arguments.head_dim)}")
+    for head_dim in arguments.head_dim:
+        if not 1 <= head_dim <= available[-1]:
+            raise ValueError(f"--head-dim is from 1 to {available[-1]}, not {head_dim}")
     head_dims = {min(b for b in available if b >= d) for d in arguments.head_dim}
     return [
         c

@@ -7,7 +7,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from mini_flash_attention import cpu, dispatch
+from mini_flash_attention import dispatch
 from mini_flash_attention.problem import Problem, dense
 
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
@@ -58,7 +58,7 @@ def flash_attn_func(
         dropout_p: in [0, 1), the probability that an attention probability is dropped; those kept
             are divided by 1 - dropout_p. Pass 0 in evaluation. The seed comes from PyTorch's
             default CPU generator, so torch.manual_seed reproduces it.
-        softmax_scale: factor of the scores, any finite number; None is 1 / sqrt(head_dim).
+        softmax_scale: factor of the scores, finite in fp32 (fp64 for fp64); None is 1 / sqrt(head_dim).
         causal: query i sees no key behind its diagonal, j = i + seqlen_k - seqlen_q: the last query
             sees the last key (bottom-right alignment). Replaces the right side of window_size by 0.
         window_size: (left, right), two ints in a tuple, list or tensor: query i sees that many keys
@@ -80,8 +80,8 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed.
         NotImplementedError: the backend of this device cannot serve an argument, which is named.
-        RuntimeError: there is no backend for this device; from the backward pass, create_graph=True
-            (there are no second derivatives).
+        RuntimeError: the GPU is older than SM80, or not known to this version; from the backward pass,
+            create_graph=True (there are no second derivatives).
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     problem = dense(q, k, v, *options)
@@ -95,7 +95,7 @@ def flash_attn_func(
     S_dmask = None
     if problem.dropout_p:
         with torch.no_grad():
-            S_dmask = cpu.dropout_probabilities(problem, q, k, lse, alibi_slopes, seed)
+            S_dmask = dispatch.dropout_probabilities(problem, q, k, lse, alibi_slopes, seed)
     return out, lse, S_dmask
 
 

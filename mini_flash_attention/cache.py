@@ -5,10 +5,13 @@ file: the code, then the SHA-256 of its name and the code, which loaders of libr
 appears whole or not at all. Whatever is wrong with the directory costs a compilation, no more.
 """
 
+import atexit
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
+import threading
 import time
 import uuid
 import warnings
@@ -19,7 +22,8 @@ from typing import BinaryIO
 SUFFIXES = (".so", ".o")  # linked, or not, where there was no linker
 LOCK_TIMEOUT = 120.0  # seconds to wait for another process that compiles; a kernel takes 2 to 8
 
-_private: tempfile.TemporaryDirectory | None = None
+_private: dict[int, Path] = {}  # the directory of each process: a forked child makes its own
+_one_thread = threading.Lock()
 
 
 def directory() -> Path:
@@ -49,11 +53,20 @@ def find(name: str) -> Path | None:
 
 def store(name: str, suffix: str, code: bytes) -> Path:
     """Returns the new entry, which is in a directory of this process if the cache refuses it."""
-    content = _with_checksum(name, code)
     try:
-        return _write(directory() / (name + suffix), content)
+        return _write(directory() / (name + suffix), _with_checksum(name, code))
     except OSError as error:
-        return _write(_private_directory(error) / (name + suffix), content)
+        return store_privately(name, suffix, code, error)
+
+
+def store_privately(name: str, suffix: str, code: bytes, error: Exception) -> Path:
+    """Returns the new entry in a directory of this process, because the cache fails with `error`."""
+    return _write(_private_directory(error) / (name + suffix), _with_checksum(name, code))
+
+
+def is_private(path: Path) -> bool:
+    """Tells whether this entry is gone when the process ends."""
+    return path.parent in _private.values()
 
 
 @contextlib.contextmanager
@@ -96,13 +109,20 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def _private_directory(error: Exception) -> Path:
-    global _private
-    if _private is None:
-        _private = tempfile.TemporaryDirectory(prefix="mini_flash_attention_")
-        warnings.warn(
-            f"kernels cannot be stored ({error}), so every process compiles its own: let "
-            "MINI_FLASH_ATTENTION_CACHE_DIR name a directory that can be written",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return Path(_private.name)
+    process = os.getpid()
+    with _one_thread:
+        if process not in _private:
+            _private[process] = Path(tempfile.mkdtemp(prefix="mini_flash_attention_"))
+            atexit.register(_remove, _private[process], process)
+            warnings.warn(
+                f"the cache of kernels cannot be used ({error}), so every process makes its own: let "
+                "MINI_FLASH_ATTENTION_CACHE_DIR name a directory to write files in and load them from",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return _private[process]
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() == process:  # and not a forked child, which inherits what runs at exit
+        shutil.rmtree(path, ignore_errors=True)

@@ -68,8 +68,20 @@ def get(config: KernelConfig) -> Callable:
 def _load(config: KernelConfig) -> Callable:
     with _one_thread:
         if config not in _loaded:
-            _loaded[config] = _open(library(config))
+            path = library(config)
+            try:
+                _loaded[config] = _open(path)
+            except Exception as error:
+                _loaded[config] = _open_privately(config, path, error)
         return _loaded[config]
+
+
+def _open_privately(config: KernelConfig, path: Path, error: Exception) -> Callable:
+    """Opens a copy of the entry, which may be where nothing can be loaded from, or a new one."""
+    try:
+        return _open(cache.store_privately(path.stem, path.suffix, path.read_bytes(), error))
+    except Exception:
+        return _open(cache.store_privately(path.stem, *_compile(config), error))
 
 
 def library(config: KernelConfig) -> Path:
@@ -219,7 +231,9 @@ def _failure(config: KernelConfig) -> str | None:
         path = library(config)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return None if path.parent == cache.directory() else f"cannot be stored in {cache.directory()}"
+    if cache.is_private(path):  # which goes with this worker
+        return "cannot be stored: let MINI_FLASH_ATTENTION_CACHE_DIR name a directory to write files in"
+    return None
 
 
 def _show_progress(done: int, total: int) -> None:

@@ -46,6 +46,11 @@ class ForwardSm80:
         return self
 
     @property
+    def variants(self) -> tuple["ForwardSm80", ...]:
+        """All tiles of the library."""
+        return (self,)
+
+    @property
     def shared_memory(self) -> int:
         """Bytes: one tile of Q, one block of K and one of V."""
         return 2 * self.head_dim * (self.tile_m + 2 * self.tile_n)
@@ -78,6 +83,11 @@ class ForwardSm90:
     def at(self, seqlen_q: int) -> "ForwardSm90":
         """The tiles that the kernel chooses at launch."""
         return self.short.at(seqlen_q) if self.short and seqlen_q <= self.short_seqlen else self
+
+    @property
+    def variants(self) -> tuple["ForwardSm90", ...]:
+        """All tiles of the library."""
+        return (self, *self.short.variants) if self.short else (self,)
 
     @property
     def wgs(self) -> int:

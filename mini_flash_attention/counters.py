@@ -6,12 +6,14 @@ other: it gets one that nobody else uses.
 """
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
 
-POOL_ROWS = 1024
+POOL_ROWS = 4096
 
+_lock = threading.Lock()
 _of_stream: dict[tuple[int, int], Tensor] = {}
 _unused: dict[int, list[Tensor]] = {}  # device -> counters made and zeroed, but not given away
 _captured: list[Tensor] = []  # kept for as long as graphs may use them: for good
@@ -23,9 +25,7 @@ def tile_counter(device: int) -> Tensor:
         return _counter_for_capture(device)
     stream = torch._C._cuda_getCurrentRawStream(device)
     counter = _of_stream.get((device, stream))
-    if counter is None:
-        counter = _of_stream.setdefault((device, stream), _take(device))
-    return counter
+    return _counter_for_stream(device, stream) if counter is None else counter
 
 
 @functools.cache
@@ -34,20 +34,25 @@ def unused_counter(device: int) -> Tensor:
     return torch.empty(2, dtype=torch.int32, device=f"cuda:{device}")
 
 
-def _take(device: int) -> Tensor:
-    unused = _unused.setdefault(device, [])
-    if not unused:
-        pool = torch.zeros(POOL_ROWS, 2, dtype=torch.int32, device=f"cuda:{device}")
-        torch.cuda.synchronize(device)  # any stream may use them from here on
-        unused.extend(pool.unbind())
-    return unused.pop()
+def _counter_for_stream(device: int, stream: int) -> Tensor:
+    with _lock:
+        unused = _unused.setdefault(device, [])
+        if not unused:
+            pool = torch.zeros(POOL_ROWS, 2, dtype=torch.int32, device=f"cuda:{device}")
+            torch.cuda.current_stream(device).synchronize()  # any stream may use them from here on
+            unused.extend(pool.unbind())
+        return _of_stream.setdefault((device, stream), unused.pop())
 
 
 def _counter_for_capture(device: int) -> Tensor:
-    """Nothing can be zeroed ahead in a capture: if no counter is left, each replay zeroes one."""
-    if _unused.get(device):
-        counter = _unused[device].pop()
-    else:
-        counter = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device}")
-    _captured.append(counter)
-    return counter
+    """Nothing can be zeroed ahead in a capture: if no counter is left, each replay zeroes one.
+
+    The counters last for POOL_ROWS captured launches, if an eager one came first.
+    """
+    with _lock:
+        if _unused.get(device):
+            counter = _unused[device].pop()
+        else:
+            counter = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device}")
+        _captured.append(counter)
+        return counter

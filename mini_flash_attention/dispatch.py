@@ -37,7 +37,13 @@ def choose(device: torch.device, forced: str | None) -> str:
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; "
             "MINI_FLASH_ATTENTION_BACKEND=cpu runs on it with PyTorch operations"
         )
-    paths = config.paths(config.gpu_arch(capability))
+    try:
+        paths = config.paths(config.gpu_arch(capability))
+    except ValueError as error:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} is newer than this version of mini-flash-attention "
+            f"({error}); MINI_FLASH_ATTENTION_BACKEND=cpu runs on it with PyTorch operations"
+        ) from error
     if forced and forced not in paths:
         raise RuntimeError(f"MINI_FLASH_ATTENTION_BACKEND={forced} does not run on {device}")
     return forced or paths[0]
@@ -83,6 +89,14 @@ def backward(
         )
     with torch.autocast(problem.device.type, enabled=False):
         return cpu.backward(problem, dout, dlse, q, k, v, out, lse, alibi_slopes, seed)
+
+
+def dropout_probabilities(
+    problem: Problem, q: Tensor, k: Tensor, lse: Tensor, alibi_slopes: Tensor | None, seed: int
+) -> Tensor:
+    """S_dmask, for tests: the probabilities (batch, heads_q, seqlen_q, seqlen_k), negative where dropped."""
+    with torch.autocast(problem.device.type, enabled=False):
+        return cpu.dropout_probabilities(problem, q, k, lse, alibi_slopes, seed)
 
 
 class ForwardPlan(NamedTuple):
@@ -196,7 +210,7 @@ def forward_copied(
         q, k, v = (torch.nn.functional.pad(x, (0, padding)) for x in (q, k, v))
     q, k, v = (x if ready(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     out, lse = plan.run(q, k, v)
-    return out[..., : problem.head_dim], lse
+    return (out[..., : problem.head_dim].contiguous() if padding else out), lse
 
 
 def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:

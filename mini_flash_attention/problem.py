@@ -106,7 +106,8 @@ def _problem(
     (batch, seqlen_q, heads_q, head_dim), (_, seqlen_k, heads_k, _) = shapes[:2]
     if alibi is not None:
         _check_alibi(alibi, batch, heads_q, devices[0])
-    dropout_p = _number("dropout_p", dropout_p)
+    compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    dropout_p = _number("dropout_p", dropout_p, compute)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
     left = _limit("left", window_left)
@@ -120,12 +121,14 @@ def _problem(
         heads_q=heads_q,
         heads_k=heads_k,
         head_dim=head_dim,
-        softmax_scale=(head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)),
+        softmax_scale=(
+            head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale, compute)
+        ),
         # A limit that hides no key from any query is none: the last query has seqlen_k - 1 keys to
         # the left of its diagonal, the first one seqlen_q - 1 to the right.
         window_left=None if left is None or left >= seqlen_k - 1 else left,
         window_right=None if right is None or right >= seqlen_q - 1 else right,
-        softcap=max(0.0, _number("softcap", softcap)),
+        softcap=max(0.0, _number("softcap", softcap, compute)),
         alibi=alibi is not None,
         dropout_p=dropout_p,
         deterministic=_flag("deterministic", deterministic),
@@ -208,18 +211,26 @@ def _limit(side: str, value: int | None) -> int | None:
     return int(value) if value >= 0 else None
 
 
-def _number(name: str, value: float) -> float:
+def _number(name: str, value: float, compute: torch.dtype) -> float:
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, not {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
+    if not abs(number) <= torch.finfo(compute).max:  # nan is not, either
+        raise ValueError(f"{name} must be finite in {compute}, not {number}")
+    return number
 
 
 def _flag(name: str, value: bool) -> bool:
-    # Not just bool(value): a tensor has a truth value too, but one that may change under the cache.
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a bool, not a tensor")
+    # Not just bool(value): an array's or a tensor's may be ambiguous, or change under the cache.
+    kind = type(value)
+    numpy_bool = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")  # NumPy 2, 1
+    if not (numpy_bool or isinstance(value, Integral)):
+        raise TypeError(f"{name} must be a bool, 0 or 1, not {kind.__name__}")
+    if value not in (0, 1):
+        raise ValueError(f"{name} must be a bool, 0 or 1, and no other int")
     return bool(value)
 
 

@@ -40,7 +40,7 @@ def gradients(out: Any, inputs: list[Tensor], dout: Any = None) -> tuple[Tensor,
     return torch.autograd.grad(out, inputs, torch.ones_like(out) if dout is None else dout)
 
 
-def test_signatures_are_those_of_flash_attn():
+def test_signatures_are_those_of_flash_attn() -> None:
     def signature(function: Any) -> str:
         parameters = inspect.signature(function).parameters.values()
         return ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
@@ -50,7 +50,7 @@ def test_signatures_are_those_of_flash_attn():
     assert signature(flash_attn_kvpacked_func) == f"q, kv, {OPTIONS}"
 
 
-def test_import_touches_neither_cuda_nor_the_compiler():
+def test_import_touches_neither_cuda_nor_the_compiler() -> None:
     code = """if True:
         import sys
         import mini_flash_attention, torch
@@ -63,7 +63,7 @@ def test_import_touches_neither_cuda_nor_the_compiler():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_what_is_returned(dtype):
+def test_what_is_returned(dtype) -> None:
     q, k, v = inputs(dtype=dtype)
     out, lse, S_dmask = flash_attn_func(q, k, v, return_attn_probs=True)
     assert (out.shape, out.dtype) == (q.shape, dtype)
@@ -73,7 +73,7 @@ def test_what_is_returned(dtype):
     assert torch.equal(flash_attn_func(q, k, v), out)
 
 
-def test_options_reach_the_computation():
+def test_options_reach_the_computation() -> None:
     q, k, v = inputs()
     slopes = torch.rand(2, 4)
     out, lse, _ = flash_attn_func(
@@ -100,7 +100,7 @@ def test_options_reach_the_computation():
     torch.testing.assert_close((out, lse), expected)
 
 
-def test_rows_without_keys():
+def test_rows_without_keys() -> None:
     q, k, v = leaves(*inputs(seqlen_q=7, seqlen_k=5))
     out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     assert (out[:, :2] == 0).all() and (lse[:, :, :2] == float("-inf")).all()
@@ -110,14 +110,14 @@ def test_rows_without_keys():
 
 
 @pytest.mark.parametrize("batch, seqlen_q, seqlen_k", [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
-def test_empty_inputs(batch, seqlen_q, seqlen_k):
+def test_empty_inputs(batch, seqlen_q, seqlen_k) -> None:
     q, k, v = leaves(*(x[:batch] for x in inputs(seqlen_q, seqlen_k)))
     out = flash_attn_func(q, k, v)
     assert out.shape == q.shape and (out == 0).all()
     assert all((gradient == 0).all() for gradient in gradients(out, [q, k, v]))
 
 
-def test_packed_is_the_same_computation():
+def test_packed_is_the_same_computation() -> None:
     qkv, kv = (torch.randn(2, 5, n, 4, 8, requires_grad=True) for n in (3, 2))
     options = dict(causal=True, softcap=2.0, window_size=(3, 0))
 
@@ -149,12 +149,12 @@ def test_packed_is_the_same_computation():
         (lambda x: flash_attn_kvpacked_func(x, None), TypeError, "kv must be a .*, not NoneType"),
     ],
 )
-def test_errors(call, error, message):
+def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(torch.zeros(2, 5, 2, 8))
 
 
-def test_gradients_by_finite_differences():
+def test_gradients_by_finite_differences() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return flash_attn_func(q, k, v, causal=True, softcap=3.0, return_attn_probs=True)[:2]
 
@@ -162,7 +162,7 @@ def test_gradients_by_finite_differences():
 
 
 @pytest.mark.parametrize("use_out, use_lse", [(True, False), (False, True), (True, True)])
-def test_gradients_flow_through_out_and_lse(use_out, use_lse):
+def test_gradients_flow_through_out_and_lse(use_out, use_lse) -> None:
     q, k, v = leaves(*inputs())
     dout, dlse = torch.randn_like(q), torch.randn(2, 4, 5, dtype=q.dtype)
 
@@ -175,7 +175,7 @@ def test_gradients_flow_through_out_and_lse(use_out, use_lse):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-def test_any_subset_of_the_inputs_may_require_gradients(wanted):
+def test_any_subset_of_the_inputs_may_require_gradients(wanted) -> None:
     tensors = inputs()
     every = leaves(*tensors)
     expected = gradients(flash_attn_func(*every), every)
@@ -186,7 +186,7 @@ def test_any_subset_of_the_inputs_may_require_gradients(wanted):
         assert torch.equal(tensor.grad, expected[i]) if i in wanted else tensor.grad is None
 
 
-def test_strides_of_inputs_and_of_the_gradient_of_out():
+def test_strides_of_inputs_and_of_the_gradient_of_out() -> None:
     q, k, v = leaves(*inputs())
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     permuted = torch.randn(8, 4, 5, 2, dtype=q.dtype).permute(3, 2, 1, 0)
@@ -197,7 +197,7 @@ def test_strides_of_inputs_and_of_the_gradient_of_out():
         torch.testing.assert_close(ours, expected)
 
 
-def test_backward_runs_again_with_retain_graph_only():
+def test_backward_runs_again_with_retain_graph_only() -> None:
     q, k, v = leaves(*inputs())
     out = flash_attn_func(q, k, v, dropout_p=0.5).sum()
     first = torch.autograd.grad(out, [q, k, v], retain_graph=True)
@@ -206,14 +206,14 @@ def test_backward_runs_again_with_retain_graph_only():
         torch.autograd.grad(out, [q, k, v])
 
 
-def test_gradients_of_gradients_raise():
+def test_gradients_of_gradients_raise() -> None:
     q, k, v = leaves(*inputs())
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(flash_attn_func(q, k, v).sum(), [q], create_graph=True)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_nothing_is_saved(mode):
+def test_without_gradients_nothing_is_saved(mode) -> None:
     q, k, v = leaves(*inputs())
     expected = flash_attn_func(q, k, v)
     assert expected.requires_grad
@@ -228,7 +228,7 @@ def test_without_gradients_nothing_is_saved(mode):
     assert released() is None
 
 
-def test_dropout_repeats_with_the_seed():
+def test_dropout_repeats_with_the_seed() -> None:
     q, k, v = inputs(64, 64)
 
     def run(seed: int) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ def test_dropout_repeats_with_the_seed():
     assert not torch.equal(a, b) and not torch.equal(a, run(2)[0])
 
 
-def test_probabilities_tell_what_dropout_did():
+def test_probabilities_tell_what_dropout_did() -> None:
     q, k, v = leaves(*inputs(64, 80))
     out, lse, S_dmask = flash_attn_func(q, k, v, dropout_p=0.3, return_attn_probs=True)
     assert S_dmask.shape == (2, 4, 64, 80) and not S_dmask.requires_grad
@@ -257,7 +257,7 @@ def test_probabilities_tell_what_dropout_did():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_repeats_dropout(use_reentrant):
+def test_activation_checkpointing_repeats_dropout(use_reentrant) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attn_func(q, k, v, dropout_p=0.5)
 
@@ -275,7 +275,7 @@ def test_activation_checkpointing_repeats_dropout(use_reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing(dtype):
+def test_autocast_changes_nothing(dtype) -> None:
     q, k, v = leaves(*inputs(dtype=dtype))
     expected = flash_attn_func(q, k, v)
     expected_gradients = gradients(expected, [q, k, v])
@@ -285,8 +285,18 @@ def test_autocast_changes_nothing(dtype):
     assert torch.equal(out, expected)
 
 
+def test_autocast_leaves_the_dropout_probabilities_alone() -> None:
+    q, k, v = inputs(dtype=torch.float32)
+    torch.manual_seed(1)
+    expected = flash_attn_func(q, k, v, dropout_p=0.3, return_attn_probs=True)[2]
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        S_dmask = flash_attn_func(q, k, v, dropout_p=0.3, return_attn_probs=True)[2]
+    assert torch.equal(S_dmask, expected)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_costs_one_graph_break(backend):
+def test_torch_compile_costs_one_graph_break(backend) -> None:
     def model(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
         qkv = (x @ weight).unflatten(-1, (3, 2, 8))
         return flash_attn_qkvpacked_func(qkv, causal=True, **options).square()

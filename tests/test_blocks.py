@@ -9,34 +9,28 @@ from mini_flash_attention.kernels.blocks import key_blocks, query_blocks, unmask
 LIMITS = (None, 0, 1, 3, 9)
 
 
-def visible(i, j, seqlen_q, seqlen_k, left, right):
+def visible(i: int, j: int, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> bool:
     offset = j - (i + seqlen_k - seqlen_q)
     return (left is None or offset >= -left) and (right is None or offset <= right)
 
 
 @pytest.mark.parametrize("tile_m,tile_n", list(itertools.product((1, 2, 3), (1, 2, 3))))
-def test_ranges_match_their_definition(tile_m, tile_n):
+def test_ranges_match_their_definition(tile_m: int, tile_n: int) -> None:
     for seqlen_q, seqlen_k in itertools.product(range(1, 9), range(9)):
         for left, right in itertools.product(LIMITS, LIMITS):
             sizes = (seqlen_q, seqlen_k, left, right)
             arguments = (tile_m, tile_n, *sizes)
             m_blocks, n_blocks = -(-seqlen_q // tile_m), -(-seqlen_k // tile_n)
 
-            def meets(m, n):
+            def meets(m: int, n: int) -> bool:
                 rows = range(m * tile_m, min(seqlen_q, (m + 1) * tile_m))  # noqa: B023
                 keys = range(n * tile_n, min(seqlen_k, (n + 1) * tile_n))  # noqa: B023
                 return any(visible(i, j, *sizes) for i in rows for j in keys)  # noqa: B023
 
-            def whole(m, n):
-                rows, keys = (
-                    range(m * tile_m, (m + 1) * tile_m),
-                    range(n * tile_n, (n + 1) * tile_n),
-                )  # noqa: B023
-                return keys.stop <= seqlen_k and all(  # noqa: B023
-                    visible(i, j, *sizes)  # noqa: B023
-                    for i in rows
-                    for j in keys
-                )
+            def whole(m: int, n: int) -> bool:
+                rows, keys = range(m * tile_m, (m + 1) * tile_m), range(n * tile_n, (n + 1) * tile_n)
+                inside = keys.stop <= seqlen_k  # noqa: B023
+                return inside and all(visible(i, j, *sizes) for i in rows for j in keys)  # noqa: B023
 
             for m in range(m_blocks):
                 visited = range(*key_blocks(m, *arguments))
@@ -50,7 +44,7 @@ def test_ranges_match_their_definition(tile_m, tile_n):
                 assert list(visited) == [m for m in range(m_blocks) if meets(m, n)]
 
 
-def check_walk(ends, visited, free, limited):
+def check_walk(ends: tuple[int, int, int, int], visited: list[int], free: list[int], limited: bool) -> None:
     """Both kernels' loops over walk's ends visit each block once, in order, and mask each that needs it."""
     start, free_end, free_first, first = ends
     first_part = [start, *range(start - 1, free_end - 1, -1)]

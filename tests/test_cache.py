@@ -33,7 +33,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cache"
     monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", str(path))
     monkeypatch.setattr(compile, "_loaded", {})
-    monkeypatch.setattr(cache, "_private", None)
+    monkeypatch.setattr(cache, "_private", {})
     return path
 
 
@@ -175,7 +175,8 @@ def _full(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _read_only(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:
         pytest.skip("root writes to read-only directories")
-    directory.mkdir(mode=0o500)
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o500)
 
 
 def _entry_is_a_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +191,35 @@ def _no_home(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "expanduser", expanduser)
 
 
-@pytest.mark.parametrize(
-    "spoil", [_under_a_file, _in_proc, _full, _read_only, _entry_is_a_directory, _no_home]
-)
+def _nothing_can_be_loaded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = compile._open
+
+    def load(path: Path) -> Callable:
+        if path.parent == directory:
+            raise RuntimeError("failed to map segment from shared object")
+        return original(path)
+
+    monkeypatch.setattr(compile, "_open", load)
+
+
+def _verified_garbage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in (CONFIG, OTHER):
+        cache.store(compile._entry_name(config), ".so", b"garbage")
+
+
+SPOILED = [
+    _under_a_file,
+    _in_proc,
+    _full,
+    _read_only,
+    _entry_is_a_directory,
+    _no_home,
+    _nothing_can_be_loaded,
+    _verified_garbage,
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
 def test_unusable_directory_costs_one_warning(
     spoil: Callable, directory: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[TinyConfig]
 ) -> None:
@@ -205,10 +232,66 @@ def test_unusable_directory_costs_one_warning(
     assert not list(directory.glob("*.tmp"))
 
 
-def test_read_only_directory_serves_what_it_has(directory: Path, compiled: list[TinyConfig]) -> None:
+def test_what_cannot_be_loaded_anywhere_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, compiled: list[TinyConfig]
+) -> None:
+    def load(path: Path) -> Callable:
+        raise RuntimeError("undefined symbol")
+
+    monkeypatch.setattr(compile, "_open", load)
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="undefined symbol"):
+        compile.get(CONFIG)
+    assert compiled == [CONFIG, CONFIG]
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from mini_flash_attention import cache
+
+first = cache.store("kernel", ".so", b"code")
+child = os.fork()
+second = cache.store("kernel", ".so", b"code")
+assert (first == second) == (child != 0)
+if child:
+    os.waitpid(child, 0)
+    print(first.exists(), first.parent)
+else:
+    print(second.parent, flush=True)
+"""
+
+
+def test_each_process_removes_its_own_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", "/proc/cache")
+    childs, exists, parents = start(FORK).communicate()[0].split()
+    assert exists == "True"
+    assert not Path(childs).exists() and not Path(parents).exists()
+
+
+def test_eight_threads_share_a_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", "/proc/cache")
+    original, barrier = cache.tempfile.mkdtemp, threading.Barrier(8)
+
+    def slow_mkdtemp(**options: str) -> str:
+        time.sleep(0.1)
+        return original(**options)
+
+    def store(i: int) -> Path:
+        barrier.wait()
+        return cache.store(str(i), ".so", b"code").parent
+
+    monkeypatch.setattr(cache.tempfile, "mkdtemp", slow_mkdtemp)
+    with pytest.warns(RuntimeWarning) as warned, ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(store, range(8)))) == 1
+    assert len(warned) == 1
+
+
+def test_read_only_directory_serves_what_it_has(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[TinyConfig]
+) -> None:
     compile.library(CONFIG)
     compiled.clear()
-    directory.chmod(0o500)
+    _read_only(directory, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_right(compile.get(CONFIG))
@@ -324,5 +407,11 @@ def test_precompile_tells_what_failed(directory: Path, monkeypatch: pytest.Monke
         compile.precompile([TinyConfig(dtype="Float1"), CONFIG])
     assert cache.find(compile._entry_name(CONFIG))
     monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", "/proc/cache")
-    with pytest.raises(RuntimeError, match="cannot be stored in /proc/cache"):
+    with pytest.raises(RuntimeError, match="cannot be stored"):
         compile.precompile([CONFIG])
+
+
+def test_precompile_without_a_home_fails(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _no_home(directory, monkeypatch)
+    with pytest.warns(RuntimeWarning):
+        assert "cannot be stored" in compile._failure(CONFIG)  # what the workers run

@@ -148,9 +148,16 @@ def test_precompile_command(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_precompile_command_is_for_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert {row.arch for row in asked_for(monkeypatch)} == {"sm_90a"}
+
+
 def test_precompile_command_explains_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="--head-dim is at most 256, not 512"):
-        asked_for(monkeypatch, "--arch", "sm_90a", "--head-dim", "512")
+    for head_dim in ("512", "257", "0", "-5"):
+        with pytest.raises(SystemExit, match=f"--head-dim is from 1 to 256, not {head_dim}"):
+            asked_for(monkeypatch, "--arch", "sm_90a", "--head-dim", "64", head_dim)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--arch sm_90a"):
         asked_for(monkeypatch)

@@ -88,7 +88,7 @@ WINDOWS = [
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_lengths_and_windows(lengths: tuple[int, int], window: tuple[int | None, int | None]):
+def test_lengths_and_windows(lengths: tuple[int, int], window: tuple[int | None, int | None]) -> None:
     left, right = window
     dtype = DTYPES[sum(lengths, left or 0) % 3]  # not float64, which has tests of its own
     heads_q, heads_k = [(2, 2), (3, 1), (4, 2)][lengths[0] % 3]
@@ -97,7 +97,7 @@ def test_lengths_and_windows(lengths: tuple[int, int], window: tuple[int | None,
 
 
 @pytest.mark.parametrize("lengths", [(127, 129), (128, 257), (300, 640), (1030, 513)], ids=str)
-def test_tiles_as_they_are(lengths: tuple[int, int]):
+def test_tiles_as_they_are(lengths: tuple[int, int]) -> None:
     for window_right, dtype in ((None, torch.bfloat16), (0, torch.float32)):
         check(*inputs(1, *lengths, 2, 1, 64, dtype), window_right=window_right)
 
@@ -105,14 +105,14 @@ def test_tiles_as_they_are(lengths: tuple[int, int]):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [1, 8, 40, 59, 64, 128, 256])
-def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype):
+def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
     check(*inputs(2, 67, 83, 2, 1, head_dim, dtype), window_right=0)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("heads_k", [1, 2])
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7])
-def test_gqa_ratios(group: int, heads_k: int):
+def test_gqa_ratios(group: int, heads_k: int) -> None:
     for dtype, left in itertools.product((torch.float16, torch.float64), (None, 9)):
         tensors = inputs(2, 37, 45, group * heads_k, heads_k, 24, dtype)
         check(*tensors, window_left=left, window_right=3, alibi_slopes=torch.rand(group * heads_k))
@@ -128,7 +128,7 @@ def test_features_combine(
     softcap: float,
     alibi: tuple[int, ...] | None,
     dropout_p: float,
-):
+) -> None:
     left, right = window
     slopes = None if alibi is None else torch.rand(alibi)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
@@ -142,7 +142,7 @@ def test_features_combine(
         )
 
 
-def test_tensors_on_a_gpu(gpu: torch.device):
+def test_tensors_on_a_gpu(gpu: torch.device) -> None:
     for dtype in DTYPES:
         tensors = [x.to(gpu) for x in inputs(2, 261, 250, 4, 2, 64, dtype)]
         slopes = torch.rand(4, device=gpu)
@@ -150,11 +150,11 @@ def test_tensors_on_a_gpu(gpu: torch.device):
 
 
 @pytest.mark.parametrize("softmax_scale", [1.0, 0.0, -0.3, 5.0])
-def test_any_scale(softmax_scale: float):
+def test_any_scale(softmax_scale: float) -> None:
     check(*inputs(dtype=torch.float64), softmax_scale=softmax_scale, softcap=3.0)
 
 
-def test_the_lse_gradient_is_optional():
+def test_the_lse_gradient_is_optional() -> None:
     *tensors, dlse = inputs(dtype=torch.float64)
     check(*tensors, None)
     without, zero = attend(*tensors, None), attend(*tensors, torch.zeros_like(dlse))
@@ -162,7 +162,7 @@ def test_the_lse_gradient_is_optional():
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_numerical_gradients(dropout_p: float, monkeypatch: pytest.MonkeyPatch):
+def test_numerical_gradients(dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "tile_shape", lambda problem: (4, 3))
     q, k, v = (x.requires_grad_() for x in inputs(1, 5, 7, 4, 2, 3, torch.float64)[:3])
     slopes = torch.rand(4)
@@ -177,7 +177,7 @@ def test_numerical_gradients(dropout_p: float, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (7, 5), (16, 64), (128, 4), (256, 256)], ids=str)
-def test_tiles_change_nothing(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+def test_tiles_change_nothing(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(2, 45, 61, 6, 2, 8, torch.float64)
     options = {"window_left": 30, "window_right": 7, "softcap": 4.0, "dropout_p": 0.4}
     expected = attend(*tensors, **options)
@@ -186,7 +186,7 @@ def test_tiles_change_nothing(tiles: tuple[int, int], monkeypatch: pytest.Monkey
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
-def test_tile_shape_bounds_the_memory_of_a_tile():
+def test_tile_shape_bounds_the_memory_of_a_tile() -> None:
     for batch, heads in itertools.product((1, 7, 600), (1, 12)):
         q = torch.empty(1).expand(batch, 5000, heads, 64)
         tile_m, tile_n = cpu.tile_shape(problem_of(q, q, q))
@@ -198,7 +198,7 @@ def test_tile_shape_bounds_the_memory_of_a_tile():
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("window", [(None, 0), (3, 5)], ids=str)
-def test_rows_that_see_no_key(window: tuple[int | None, int]):
+def test_rows_that_see_no_key(window: tuple[int | None, int]) -> None:
     """More queries than keys: the first 80 rows, and whole tiles, lie left of all keys."""
     options = {"window_left": window[0], "window_right": window[1]}
     q, k, v, dout, dlse = inputs(2, 130, 40)
@@ -211,7 +211,7 @@ def test_rows_that_see_no_key(window: tuple[int | None, int]):
 
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 0, 0)], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_zero_sizes(sizes: tuple[int, int, int], dropout_p: float):
+def test_zero_sizes(sizes: tuple[int, int, int], dropout_p: float) -> None:
     tensors = inputs(*sizes, 4, 2, 8)
     options = {"window_right": 0, "alibi_slopes": torch.rand(4), "dropout_p": dropout_p}
     out, lse, *gradients = attend(*tensors, **options)
@@ -223,7 +223,7 @@ def test_zero_sizes(sizes: tuple[int, int, int], dropout_p: float):
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_huge_inputs():
+def test_huge_inputs() -> None:
     q, k, v, dout, dlse = inputs(1, 40, 50, dtype=torch.bfloat16)
     huge = [torch.full_like(x, 133120) for x in (q, k, v)]
     out, lse, *gradients = attend(*huge, dout, dlse)
@@ -232,7 +232,7 @@ def test_huge_inputs():
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_fp16_up_to_its_end():
+def test_fp16_up_to_its_end() -> None:
     q, k, v, dout, dlse = inputs(1, 40, 50, dtype=torch.float16)
     q, k = (x.clamp(-3, 3) * 20000 for x in (q, k))
     check(q, k, v, dout, dlse, softmax_scale=1e-9)
@@ -240,7 +240,7 @@ def test_fp16_up_to_its_end():
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("logit", [-1e5, -(2.0**100), 1e5])
-def test_no_logit_is_too_low_or_too_high(logit: float):
+def test_no_logit_is_too_low_or_too_high(logit: float) -> None:
     """A mask that is a large finite number instead of -inf would show here."""
     q, k, v, dout, dlse = inputs(1, 50, 37)
     q, k = torch.ones_like(q), (logit + torch.randint(0, 3, k.shape)) / k.shape[-1]
@@ -251,7 +251,7 @@ def test_no_logit_is_too_low_or_too_high(logit: float):
 
 
 @pytest.mark.parametrize("poisoned", [0, 1, 2], ids=["q", "k", "v"])
-def test_nan_stays_in_its_group_of_heads(poisoned: int):
+def test_nan_stays_in_its_group_of_heads(poisoned: int) -> None:
     tensors = inputs(2, 40, 50, 4, 2)
     clean = attend(*tensors, window_right=0)
     tensors[poisoned][1, 7, 0, 3] = torch.nan
@@ -275,14 +275,14 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("how", STRIDED)
-def test_any_strides(how: str):
+def test_any_strides(how: str) -> None:
     *tensors, dlse = inputs(2, 40, 50, 4, 4)
     tensors = [STRIDED[how](x) for x in tensors]
     tensors.append(dlse[:, :, : tensors[0].shape[1]])
     check(*tensors, window_right=0)
 
 
-def test_dropout_probabilities():
+def test_dropout_probabilities() -> None:
     q, k, v, *_ = inputs(2, 40, 50, 4, 2, dtype=torch.float64)
     slopes = torch.rand(4)
     problem = problem_of(q, k, v, dropout_p=0.3, window_right=0, softcap=2.0, alibi_slopes=slopes)
@@ -298,7 +298,7 @@ def test_dropout_probabilities():
     )
 
 
-def test_seeds_differ():
+def test_seeds_differ() -> None:
     q, k, v, *_ = inputs()
     problem = problem_of(q, k, v, dropout_p=0.5)
     one, again, two = (cpu.forward(problem, q, k, v, None, seed)[0] for seed in (1, 1, 2))
@@ -306,7 +306,7 @@ def test_seeds_differ():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_square_of_the_length():
+def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
     code = """if True:
         import torch
         from mini_flash_attention import flash_attn_func

@@ -8,7 +8,7 @@ import torch
 from error_rule import check_forward
 from torch import Tensor
 
-from mini_flash_attention import config, flash_attn_func, flash_attn_qkvpacked_func
+from mini_flash_attention import config, counters, flash_attn_func, flash_attn_qkvpacked_func
 
 FULL, CAUSAL = {}, {"causal": True}
 # tile edges and their neighbours, primes, one row, more queries than keys and fewer
@@ -118,6 +118,17 @@ def test_scales(path: str, scale: float) -> None:
         check(*inputs(150, 300), softmax_scale=scale, **options)
 
 
+def test_one_row_of_one_head(path: str) -> None:
+    check(*inputs(1, 9, 1, 1, batch=1))
+
+
+def test_padded_head_dims_give_tensors_like_any_other(path: str) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(30, 30, head_dim=59))
+    out = flash_attn_func(q, k, v)
+    assert out.view(2, 30, -1).shape == (2, 30, 118)
+    out.mul_(2)  # not a view: autograd lets it be written
+
+
 def test_no_keys_or_no_queries(path: str) -> None:
     for shape in ((0, 5), (5, 0), (0, 0)):
         out, lse, _ = flash_attn_func(*inputs(*shape), return_attn_probs=True)
@@ -194,7 +205,10 @@ def test_nothing_is_written_outside_the_result(path: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(torch, "empty_like", empty_between_guards)
         flash_attn_func(*tensors, causal=True)
         monkeypatch.setattr(torch, "empty_like", allocate)
-        assert (guarded[-1][:4096] == 7).all() and (guarded[-1][-4096:] == 7).all()
+        assert len(guarded) == 2  # out, lse
+        for pool in guarded:
+            assert (pool[:4096] == 7).all() and (pool[-4096:] == 7).all()
+        guarded.clear()
 
 
 def test_nan_stays_in_its_head(path: str) -> None:
@@ -219,20 +233,28 @@ def test_repeats_are_bitwise_equal(path: str, head_dim: int, options: dict) -> N
         assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
-def test_graphs_and_streams(path: str) -> None:
+@pytest.mark.parametrize("empty_pool", [False, True], ids=["counters left", "no counter left"])
+def test_graphs_and_streams(path: str, empty_pool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays beside eager calls on other streams: no shared state, no allocation, the right stream."""
-    q, k, v = inputs(513, 700, 4, 4, head_dim=128)
+    q, k, v = inputs(1025, 700, 16, 4, head_dim=128, batch=4)  # more tiles than SMs: they are drawn
     expected = flash_attn_func(q, k, v, causal=True)
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.graph(graph, stream=side):
-        captured = [flash_attn_func(q, k, v, causal=True) for _ in range(2)]
+    if empty_pool:
+        monkeypatch.setattr(counters, "_unused", {})
+    graphs, streams = [], [torch.cuda.Stream() for _ in range(3)]
+    captured = []
+    for stream in streams[:2]:
+        stream.wait_stream(torch.cuda.current_stream())
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            captured += [flash_attn_func(q, k, v, causal=True) for _ in range(2)]
     for _ in range(20):
         for out in captured:
             out.fill_(float("nan"))
-        side.wait_stream(torch.cuda.current_stream())
-        graph.replay()
-        with torch.cuda.stream(side):
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams[:2], strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
             torch.cuda._sleep(100_000)
             late = q.clone()  # ready only after the sleep
             beside = flash_attn_func(late, k, v, causal=True)

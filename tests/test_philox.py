@@ -17,7 +17,7 @@ from mini_flash_attention.philox import keep_mask, keep_threshold, philox
          "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ],
 )  # fmt: skip
-def test_known_answers(counter: str, key: str, words: str):
+def test_known_answers(counter: str, key: str, words: str) -> None:
     counter, key, words = ([int(x, 16) for x in text.split()] for text in (counter, key, words))
     got = philox(tuple(torch.tensor([c]) for c in counter), tuple(key))
     assert [word.item() for word in got] == words
@@ -30,7 +30,7 @@ def mask(seed: int, dropout_p: float, heads: range, rows: range, keys: range) ->
 
 
 @pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.5, 0.9])
-def test_keeps_the_right_fraction_and_nothing_is_correlated(dropout_p: float):
+def test_keeps_the_right_fraction_and_nothing_is_correlated(dropout_p: float) -> None:
     keep = mask(7, dropout_p, range(8), range(128), range(512)).double() - (1 - dropout_p)
     variance = dropout_p * (1 - dropout_p)
 
@@ -43,14 +43,14 @@ def test_keeps_the_right_fraction_and_nothing_is_correlated(dropout_p: float):
         assert_near_zero(keep * neighbour, variance)
 
 
-def test_any_part_of_the_mask_can_be_made_alone():
+def test_any_part_of_the_mask_can_be_made_alone() -> None:
     whole = mask(2**40 + 1, 0.5, range(6), range(50), range(70))
     part = mask(2**40 + 1, 0.5, range(2, 5), range(7, 50), range(13, 42))
     assert torch.equal(part, whole[2:5, 7:50, 13:42])
     assert mask(0, 0.5, range(2), range(3), range(5, 5)).shape == (2, 3, 0)
 
 
-def test_all_64_bits_of_the_seed_matter():
+def test_all_64_bits_of_the_seed_matter() -> None:
     seeds = [0, 1, 2**32, 2**63, 2**64 - 1, -(2**63)]
     masks = [mask(seed, 0.5, range(1), range(16), range(16)) for seed in seeds]
     equal = [[torch.equal(a, b) for b in masks] for a in masks]
@@ -58,7 +58,7 @@ def test_all_64_bits_of_the_seed_matter():
     assert equal == [[a % 2**64 == b % 2**64 for b in seeds] for a in seeds]
 
 
-def test_the_threshold_fits_32_bits():
+def test_the_threshold_fits_32_bits() -> None:
     assert keep_threshold(0.5) == 2**31
     assert keep_threshold(1e-12) == 2**32 - 1
     assert keep_threshold(1.0) == 0

@@ -1,6 +1,7 @@
 """dense: what it makes of the arguments of a call, and every error it raises."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -29,7 +30,7 @@ def dense(q: Tensor = Q, k: Tensor = KV, v: Tensor = KV, **options: Any) -> Prob
     return problem.dense(q, k, v, **DEFAULTS | options)
 
 
-def test_facts_of_a_call():
+def test_facts_of_a_call() -> None:
     assert dense() == Problem(
         dtype=torch.float32,
         device=torch.device("cpu"),
@@ -46,7 +47,7 @@ def test_facts_of_a_call():
         dense().causal = True
 
 
-def test_options():
+def test_options() -> None:
     slopes = torch.ones(2, 6)
     made = dense(dropout_p=0.25, softmax_scale=-2, softcap=30, alibi_slopes=slopes, deterministic=1)
     assert (made.dropout_p, made.softmax_scale, made.softcap) == (0.25, -2.0, 30.0)
@@ -54,6 +55,13 @@ def test_options():
     assert isinstance(made.softmax_scale, float) and isinstance(made.softcap, float)
     assert dense(softmax_scale=0).softmax_scale == 0
     assert dense(softcap=-1.0).softcap == 0
+
+
+def test_numbers_may_be_as_large_as_the_computation_holds() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert dense(softmax_scale=-largest, softcap=largest).softmax_scale == -largest
+    made = dense(Q.double(), KV.double(), KV.double(), softmax_scale=1e300, softcap=1e300)
+    assert (made.softmax_scale, made.softcap) == (1e300, 1e300)
 
 
 @pytest.mark.parametrize(
@@ -68,26 +76,27 @@ def test_options():
     ],
     ids=repr,
 )
-def test_window_is_any_pair_of_ints(window_size):
+def test_window_is_any_pair_of_ints(window_size: Sequence[int] | Tensor) -> None:
     made = dense(window_size=window_size)
     assert (made.window_left, made.window_right) == (2, 1)
     assert type(made.window_left) is type(made.window_right) is int
 
 
 @pytest.mark.parametrize("window_size", [None, (None, None), (-1, -1), (-7, None), [None, -1]])
-def test_no_limit(window_size):
+def test_no_limit(window_size: Sequence[int | None] | None) -> None:
     made = dense(window_size=window_size)
     assert (made.window_left, made.window_right) == (None, None)
 
 
-def test_causal_replaces_the_right_side():
+def test_causal_replaces_the_right_side() -> None:
     assert dense(causal=True).window_right == 0
     made = dense(causal=True, window_size=(3, 2))
     assert (made.window_left, made.window_right) == (3, 0)
-    assert dense(causal=np.True_) == dense(causal=1) == dense(causal=True)
+    assert dense(causal=np.True_) == dense(causal=np.int64(1)) == dense(causal=1) == dense(causal=True)
+    assert dense(causal=np.False_) == dense(causal=0) == dense()
 
 
-def test_window_is_dropped_exactly_where_it_limits_nothing():
+def test_window_is_dropped_exactly_where_it_limits_nothing() -> None:
     def visible(i: int, j: int, left: int | None, right: int | None) -> bool:
         distance = j - (i + seqlen_k - seqlen_q)
         return (left is None or distance >= -left) and (right is None or distance <= right)
@@ -103,25 +112,25 @@ def test_window_is_dropped_exactly_where_it_limits_nothing():
 
 
 @pytest.mark.parametrize("batch, seqlen_q, seqlen_k", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)])
-def test_empty_problems_are_legal(batch, seqlen_q, seqlen_k):
+def test_empty_problems_are_legal(batch: int, seqlen_q: int, seqlen_k: int) -> None:
     made = dense(Q[:batch, :seqlen_q], KV[:batch, :seqlen_k], KV[:batch, :seqlen_k], causal=True)
     assert (made.batch, made.seqlen_q, made.seqlen_k) == (batch, seqlen_q, seqlen_k)
 
 
 @pytest.mark.parametrize("head_dim", [1, 2, 59, 111, 256])
 @pytest.mark.parametrize("dtype", problem.DTYPES)
-def test_head_dims_and_dtypes(head_dim, dtype):
+def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
     x = torch.zeros(1, 2, 3, head_dim, dtype=dtype)
     made = dense(x, x, x)
     assert (made.head_dim, made.dtype) == (head_dim, dtype)
 
 
-def test_a_repeated_call_is_served_from_memory():
+def test_a_repeated_call_is_served_from_memory() -> None:
     assert dense(softcap=7.5) is dense(torch.ones_like(Q), softcap=7.5)
     assert dense(window_size=[1, 2]) is dense(window_size=torch.tensor([1, 2]))
 
 
-def test_what_is_remembered_hides_no_error():
+def test_what_is_remembered_hides_no_error() -> None:
     dense(window_size=(3, 2), dropout_p=0.5)
     with pytest.raises(TypeError, match="window_size"):
         dense(window_size=(3.0, 2), dropout_p=0.5)
@@ -132,6 +141,7 @@ def x(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T
 
 
 HALF, META = x(2, 7, 3, 32, dtype=torch.float16), x(2, 7, 3, 32, device="meta")
+F64 = x(2, 7, 3, 32, dtype=torch.float64)
 INTS = x(2, 5, 3, 32, dtype=torch.int32)
 WIDE, FLAT = x(1, 1, 1, 257), x(1, 1, 1, 0)
 
@@ -157,16 +167,30 @@ ERRORS = [
     (dict(v=META), ValueError, "one device, .* cpu, cpu and meta"),
     (dict(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), not -0.1"),
     (dict(dropout_p=1.0), ValueError, "dropout_p"),
-    (dict(dropout_p=float("nan")), ValueError, "dropout_p must be finite, not nan"),
+    (dict(dropout_p=float("nan")), ValueError, "dropout_p must be finite .*, not nan"),
+    (dict(dropout_p=10**400), ValueError, "dropout_p must be finite"),
     (dict(dropout_p=None), TypeError, "dropout_p must be a number, not NoneType"),
     (dict(dropout_p=[0.5]), TypeError, "dropout_p must be a number, not list"),
     (dict(softmax_scale="1"), TypeError, "softmax_scale must be a number, not str"),
     (dict(softmax_scale=torch.tensor(1.0)), TypeError, "softmax_scale must be a number"),
     (dict(softmax_scale=float("inf")), ValueError, "softmax_scale must be finite"),
+    (dict(softmax_scale=10**400), ValueError, "softmax_scale must be finite in torch.float32, not inf"),
+    (dict(softmax_scale=-(10**5000)), ValueError, "softmax_scale must be finite .*, not -inf"),
+    (dict(softmax_scale=1e300), ValueError, r"softmax_scale must be finite in torch.float32, not 1e\+300"),
+    (dict(q=HALF, k=HALF, v=HALF, softmax_scale=-1e39), ValueError, r"softmax_scale .*, not -1e\+39"),
+    (dict(q=F64, k=F64, v=F64, softmax_scale=10**400), ValueError, "softmax_scale .* torch.float64, not inf"),
     (dict(softcap=None), TypeError, "softcap must be a number"),
+    (dict(softcap=1e39), ValueError, r"softcap must be finite in torch.float32, not 1e\+39"),
     (dict(softcap=float("nan")), ValueError, "softcap must be finite"),
     (dict(causal=torch.tensor(True)), TypeError, "causal must be a bool"),
+    (dict(causal=np.array([1, 0])), TypeError, "causal must be a bool, 0 or 1, not ndarray"),
+    (dict(causal=np.array(True)), TypeError, "causal must be a bool, 0 or 1, not ndarray"),
+    (dict(causal=None), TypeError, "causal must be a bool, 0 or 1, not NoneType"),
+    (dict(causal="False"), TypeError, "causal must be a bool, 0 or 1, not str"),
+    (dict(causal=2), ValueError, "causal must be a bool, 0 or 1, and no other int"),
     (dict(deterministic=torch.tensor(True)), TypeError, "deterministic must be a bool"),
+    (dict(deterministic=1.0), TypeError, "deterministic must be a bool, 0 or 1, not float"),
+    (dict(deterministic=-1), ValueError, "deterministic must be a bool, 0 or 1"),
     (dict(window_size=3), TypeError, "window_size must be a pair of ints, not int"),
     (dict(window_size=torch.tensor(3)), TypeError, "window_size must be a pair .*, not Tensor"),
     (dict(window_size=(3,)), ValueError, r"window_size must have two .* \(left, right\), not 1"),
@@ -185,12 +209,12 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("arguments, error, message", ERRORS, ids=[case[2] for case in ERRORS])
-def test_errors(arguments, error, message):
+def test_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as raised:
         dense(**arguments)
     assert raised.value.__context__ is None  # one sentence, not a chain of tracebacks
 
 
-def test_slopes_that_are_parameters_serve_where_nothing_is_trained():
+def test_slopes_that_are_parameters_serve_where_nothing_is_trained() -> None:
     with torch.no_grad():
         assert dense(alibi_slopes=x(6).requires_grad_()).alibi

@@ -52,7 +52,7 @@ def one_row(
         {"alibi": (2, 4), "softcap": 0.8, "window_left": 2},
     ],
 )
-def test_agrees_with_single_scores(lengths: tuple[int, int], options: dict[str, Any]):
+def test_agrees_with_single_scores(lengths: tuple[int, int], options: dict[str, Any]) -> None:
     q, k, v = inputs(2, *lengths, 4, 2, 3)
     options = dict(options)
     slopes = None
@@ -70,7 +70,7 @@ def test_agrees_with_single_scores(lengths: tuple[int, int], options: dict[str, 
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_agrees_with_pytorch(causal: bool):
+def test_agrees_with_pytorch(causal: bool) -> None:
     q, k, v = inputs(2, 33, 33, 6, 2, 16)
     out, _ = attention(q, k, v, window_right=0 if causal else None)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -78,7 +78,7 @@ def test_agrees_with_pytorch(causal: bool):
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
-def test_dropout_scales_what_it_keeps():
+def test_dropout_scales_what_it_keeps() -> None:
     q, k, v = inputs(1, 3, 4, 2, 2, 5)
     keep = torch.rand(1, 2, 3, 4) < 0.5
     out, lse = attention(q, k, v, dropout_mask=keep, dropout_p=0.5)
@@ -88,7 +88,7 @@ def test_dropout_scales_what_it_keeps():
     torch.testing.assert_close(lse, attention(q, k, v)[1])
 
 
-def test_rows_without_keys_have_no_gradient():
+def test_rows_without_keys_have_no_gradient() -> None:
     q, k, v = (x.requires_grad_() for x in inputs(1, 6, 3, 2, 1, 4))
     out, lse = attention(q, k, v, window_right=0)  # rows 0 to 2 see nothing
     assert not out[:, :3].any() and (lse[..., :3] == -math.inf).all() and lse[..., 3:].isfinite().all()
@@ -103,21 +103,21 @@ def test_rows_without_keys_have_no_gradient():
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 0, 0)])
-def test_zero_sizes(shape: tuple[int, int, int]):
+def test_zero_sizes(shape: tuple[int, int, int]) -> None:
     out, lse = attention(*inputs(*shape, 4, 2, 8))
     assert out.shape == (shape[0], shape[1], 4, 8) and not out.any()
     assert lse.shape == (shape[0], 4, shape[1])
     assert shape[2] > 0 or (lse == -math.inf).all()
 
 
-def test_dtype_of_the_computation():
+def test_dtype_of_the_computation() -> None:
     q, k, v = inputs(1, 3, 4, 2, 2, 8, dtype=torch.bfloat16)
     assert [x.dtype for x in attention(q, k, v)] == [torch.bfloat16] * 2
     assert [x.dtype for x in attention(q, k, v, dtype=torch.float32)] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_rule_takes_what_is_right_and_nothing_else(dtype: torch.dtype):
+def test_the_rule_takes_what_is_right_and_nothing_else(dtype: torch.dtype) -> None:
     q, k, v = inputs(1, 40, 50, 2, 2, 16, dtype=dtype)
     wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
     out, lse = attention(q, k, v, dtype=wide)
@@ -134,7 +134,7 @@ def test_the_rule_takes_what_is_right_and_nothing_else(dtype: torch.dtype):
         check_forward(one_nan, right[1], q, k, v)
 
 
-def test_the_rule_sees_many_small_errors():
+def test_the_rule_sees_many_small_errors() -> None:
     ref = torch.randn(10_000)
     low = ref.clone()
     low[0] += 1  # allows one large error, not a small one everywhere
@@ -143,7 +143,7 @@ def test_the_rule_sees_many_small_errors():
         assert_by_rule("x", ref + 0.01, ref, low)
 
 
-def test_the_rule_wants_the_same_infinities():
+def test_the_rule_wants_the_same_infinities() -> None:
     ref = torch.tensor([1.0, -math.inf, math.nan])
     assert_by_rule("x", ref.clone(), ref, ref)
     assert_lse(ref.clone(), ref)
@@ -154,7 +154,7 @@ def test_the_rule_wants_the_same_infinities():
             assert_lse(torch.tensor(wrong), ref)
 
 
-def test_the_rule_checks_gradients():
+def test_the_rule_checks_gradients() -> None:
     q, k, v = inputs(1, 9, 11, 2, 1, 8)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out, lse = attention(*leaves, window_right=0)

@@ -94,7 +94,9 @@ def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma,
             load(v, start - i, head_kv, batch, s.sV, s.v_ring, it)
             it += 1
             if const_expr(config.q_stages == 2):
-                if i == config.stages - 2 and tile < total:  # K and V are full: time for the next Q
+                # K's slots have all been asked for. Not earlier: this load waits until the previous O has left
+                # its slot, and K and V would wait behind it.
+                if i == config.stages - 2 and tile < total:
                     m_next, head_next, batch_next = tile_coords(config, sizes, schedule.swath, tile)
                     load(q, m_next, head_next, batch_next, s.sQ, s.q_ring, t + 1)
                     has_Q = Boolean(True)
@@ -156,7 +158,11 @@ class Work(NamedTuple):
 
 @cute.jit
 def my_turn(config: cutlass.Constexpr, wg: Int32):
-    """Wait until the WG before this one has issued its products. Named barrier 1 + w is WG w's turn."""
+    """Wait until the WG before this one has issued its products. Named barrier 1 + w is WG w's turn.
+
+    For speed alone: one WG's products run under another's softmax. The 128 threads of a WG wait, the 128 of
+    the one before arrive; the last arrival is left over. An S that is computed again takes no turn.
+    """
     if const_expr(config.ordered):
         cute.arch.barrier(barrier_id=1 + wg, number_of_threads=256)
 
@@ -310,6 +316,8 @@ def consume(
         if const_expr(config.q_stages == 1):
             release(s.q_ring, t, w.lane)
         m_next, head_next, batch_next = read_tile(s, t + 1, w.lane)
+        # After the last tile there is no Q or K to wait for: S is made of what lies in the slots, nobody reads
+        # it, and the release of K below has no load before it, since the producer has finished.
         if const_expr(config.q_stages == 2):
             if m_next >= 0:
                 s.q_ring.wait_full(t + 1)
@@ -317,7 +325,7 @@ def consume(
             load_Q(config, s, w, t + 1)
         s.v_ring.wait_full(it)
         my_turn(config, w.wg)
-        if const_expr(config.q_stages == 2):  # after the last tile it is garbage that nobody reads
+        if const_expr(config.q_stages == 2):
             issue_S(config, s, w, t + 1, it + 1)
         issue_O(s, w, it)
         next_turn(config, w.wg)
@@ -330,8 +338,8 @@ def consume(
         t += 1
         it += 1
         m_block, head, batch = m_next, head_next, batch_next
-    if w.lane == 0:
-        cute.arch.cp_async_bulk_wait_group(0, read=False)
+    if w.lane == 0:  # the last O has left shared memory before the thread block ends
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 @cute.jit
@@ -358,7 +366,7 @@ def store(
             mLSE[batch, head, rows[r]] = w.softmax.offset[r]
     if const_expr(config.q_stages == 1):
         store_rows(O, mO[batch, None, head, None], rows, w.lane)
-    else:  # through the 16 rows of Q that this warp alone has read
+    else:  # over this warp's 16 rows of Q: its products alone read them, and step or first_S waited for the last
         sO = s.sQ[None, None, s.q_ring.slot(t)]
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), mO.element_type)
         thr_store = cute.make_tiled_copy_C(atom, w.pv).get_slice(w.tidx)
@@ -439,7 +447,7 @@ def kernel(
     s = Shared(sQ, sK, sV, sTile, *rings)
     if warp_idx == 0:
         with cute.arch.elect_one():
-            init_rings(rings, config.tile_m // 16)
+            init_rings(rings, config.tile_m // 16)  # consumer warps: each releases a slot once
         for x in (q, k, v, o):
             cpasync.prefetch_descriptor(x.atom)
     cute.arch.barrier()  # the mbarriers are there
