@@ -94,8 +94,8 @@ def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma,
             load(v, start - i, head_kv, batch, s.sV, s.v_ring, it)
             it += 1
             if const_expr(config.q_stages == 2):
-                # K's slots have all been asked for. Not earlier: this load waits until the previous O has left
-                # its slot, and K and V would wait behind it.
+                # K's slots have all been asked for. Not earlier: this load waits until the previous O has
+                # left its slot, and K and V would wait behind it.
                 if i == config.stages - 2 and tile < total:
                     m_next, head_next, batch_next = tile_coords(config, sizes, schedule.swath, tile)
                     load(q, m_next, head_next, batch_next, s.sQ, s.q_ring, t + 1)
@@ -316,8 +316,8 @@ def consume(
         if const_expr(config.q_stages == 1):
             release(s.q_ring, t, w.lane)
         m_next, head_next, batch_next = read_tile(s, t + 1, w.lane)
-        # After the last tile there is no Q or K to wait for: S is made of what lies in the slots, nobody reads
-        # it, and the release of K below has no load before it, since the producer has finished.
+        # After the last tile there is no Q or K to wait for: S is made of what lies in the slots, nobody
+        # reads it, and the release of K below has no load before it, since the producer has finished.
         if const_expr(config.q_stages == 2):
             if m_next >= 0:
                 s.q_ring.wait_full(t + 1)
@@ -366,7 +366,7 @@ def store(
             mLSE[batch, head, rows[r]] = w.softmax.offset[r]
     if const_expr(config.q_stages == 1):
         store_rows(O, mO[batch, None, head, None], rows, w.lane)
-    else:  # over this warp's 16 rows of Q: its products alone read them, and step or first_S waited for the last
+    else:  # over this warp's 16 rows of Q: its products alone read them, and step or first_S waited for it
         sO = s.sQ[None, None, s.q_ring.slot(t)]
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), mO.element_type)
         thr_store = cute.make_tiled_copy_C(atom, w.pv).get_slice(w.tidx)
