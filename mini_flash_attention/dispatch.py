@@ -64,7 +64,7 @@ def forward(
             return cpu.forward(problem, q, k, v, alibi_slopes, seed)
     if plan.launch is None:
         return empty_result(q)
-    if plan.simple and ready(q) and ready(k) and ready(v):
+    if plan.simple and ready(q, k, v):
         return plan.run(q, k, v)
     return forward_copied(plan, problem, q, k, v)
 
@@ -193,10 +193,13 @@ def swath(row: config.ForwardConfig, problem: Problem, num_sms: int) -> int:
     return -(-heads // max(1, round(heads / size)))
 
 
-def ready(x: Tensor) -> bool:
-    """Whether the kernels can read x where it lies."""
-    batch, seqlen, heads, unit = x.stride()
-    return unit == 1 and not ((batch | seqlen | heads) % ELEMENTS or x.data_ptr() % 16)
+def ready(*tensors: Tensor) -> bool:
+    """Whether the kernels can read the tensors where they lie."""
+    for x in tensors:
+        batch, seqlen, heads, unit = x.stride()
+        if unit != 1 or (batch | seqlen | heads) % ELEMENTS or x.data_ptr() % 16:
+            return False
+    return True
 
 
 def forward_copied(

@@ -1,9 +1,13 @@
 """Which backend serves which device, and the limits that tiles must respect; no GPU is needed."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+from error_rule import check_forward
+from torch import Tensor
 
-from mini_flash_attention import config, dispatch, flash_attn_func
+from mini_flash_attention import compile, config, dispatch, flash_attn_func, reference
 from mini_flash_attention.problem import Problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -78,3 +82,104 @@ def test_swaths_are_of_nearly_one_size() -> None:
             swaths = -(-heads // size)
             assert 1 <= size <= min(heads, 48)
             assert size * swaths - heads < swaths  # the last one lacks less than one head for each
+
+
+class Properties(NamedTuple):
+    major: int = 9
+    minor: int = 0
+    multi_processor_count: int = 4
+
+
+class Kernel:
+    """Stands in for a compiled one: checks what it is given, and computes with the oracle."""
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+        self.rest: tuple[Any, ...] = ()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
+        self.tensors, self.rest = (q, k, v), rest
+        for x in (q, k, v, out):
+            assert x.shape[3] % 8 == 0 and dispatch.ready(x)
+        scale = rest[0]
+        assert scale > 0
+        expected, expected_lse = reference.attention(q, k, v, softmax_scale=scale, dtype=torch.float32)
+        out.copy_(expected)
+        lse.copy_(expected_lse)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """An H100 with 4 SMs, whose memory is the CPU's."""
+    kernel = Kernel()
+    monkeypatch.setattr(dispatch, "choose", lambda device, forced: "sm90")
+    monkeypatch.setattr(compile, "get", lambda row: kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(dispatch, "tile_counter", lambda device: "a counter")
+    monkeypatch.setattr(dispatch, "unused_counter", lambda device: "no counter")
+    monkeypatch.setattr(dispatch, "forward_plan", dispatch.forward_plan.__wrapped__)
+    return kernel
+
+
+def tensors(head_dim: int, seqlen: int = 20, heads: int = 2) -> list[Tensor]:
+    return [torch.randn(2, seqlen, heads, head_dim, dtype=torch.float16) for _ in range(3)]
+
+
+def check(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    check_forward(out, lse, q, k, v, **options)
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 59, 64, 111, 256])
+def test_head_dims_are_padded_to_chunks(kernel: Kernel, head_dim: int) -> None:
+    q, k, v = tensors(head_dim)
+    check(kernel, q, k, v)
+    assert kernel.tensors[0].shape[3] == -(-head_dim // 8) * 8
+    assert (kernel.tensors[0] is q) == (head_dim % 8 == 0)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])
+def test_the_kernel_sees_positive_scales(kernel: Kernel, scale: float) -> None:
+    check(kernel, *tensors(40), softmax_scale=scale)
+
+
+def test_only_what_cannot_be_read_in_place_is_copied(kernel: Kernel) -> None:
+    q, k, v = torch.randn(2, 20, 3, 2, 64, dtype=torch.float16).unbind(2)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    odd_rows = torch.randn(2, 20, 2, 65, dtype=torch.float16)[..., :64]
+    every_second = torch.randn(2, 20, 2, 128, dtype=torch.float16)[..., ::2]
+    shifted = torch.randn(2 * 20 * 2 * 64 + 1, dtype=torch.float16)[1:].view(2, 20, 2, 64)
+    one_batch = torch.randn(1, 20, 2, 65, dtype=torch.float16)[..., :64]
+    check(kernel, q, k, v)
+    assert [x.data_ptr() for x in kernel.tensors] == [x.data_ptr() for x in (q, k, v)]
+    for copied in (odd_rows, every_second, shifted):
+        check(kernel, copied, k, v)
+        assert kernel.tensors[0] is not copied and kernel.tensors[1] is k
+    check(kernel, one_batch, k[:1], v[:1])
+
+
+def test_a_counter_is_drawn_from_only_by_more_tiles_than_sms(kernel: Kernel) -> None:
+    check(kernel, *tensors(64, heads=2))  # 2 x 2 tiles, 4 SMs
+    assert kernel.rest[-1] == "no counter"
+    check(kernel, *tensors(64, heads=3))
+    assert kernel.rest[-1] == "a counter"
+
+
+def test_without_keys_nothing_is_launched(kernel: Kernel) -> None:
+    q, k, v = tensors(64)
+    out, lse, _ = flash_attn_func(q, k[:, :0], v[:, :0], return_attn_probs=True)
+    assert not kernel.tensors and not out.any() and (lse == -torch.inf).all()
+
+
+def test_windows_become_numbers(kernel: Kernel) -> None:
+    q, k, v = tensors(64)
+    k, v = k[:, :12], v[:, :12]
+    for window_size, causal, numbers in [
+        ((-1, -1), False, (0, 20)),
+        ((-1, -1), True, (0, 0)),
+        ((3, 5), False, (3, 5)),
+        ((3, -1), False, (3, 20)),
+    ]:
+        flash_attn_func(q, k, v, window_size=window_size, causal=causal)
+        assert kernel.rest[1:3] == numbers
