@@ -2,16 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+ELEMENTS = 8  # of a 16-byte chunk: the kernels' tensors have head dims and strides in multiples of it
 DTYPES = ("float16", "bfloat16")
-HEAD_DIMS = (
-    64,
-    96,
-    128,
-    192,
-    256,
-)  # a head dim in between uses the next one, padded in shared memory
+# A head dim in between uses the next one, padded in shared memory.
+HEAD_DIMS = (64, 96, 128, 192, 256)
 MASKS = ("full", "causal", "window")  # no window limit, one on the right, one on both sides
 
 # Shared memory for one thread block, in bytes (CUDA programming guide, "compute capabilities").
@@ -115,16 +111,18 @@ def bucket(head_dim: int) -> int:
 def forward(path: str, arch: str, dtype: str, head_dim: int, mask: str) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90")."""
     if path == "sm80":
-        tiles = SM80_WINDOW_128 if (head_dim, mask) == (128, "window") else SM80_TILES[head_dim]
-        return ForwardSm80(arch, dtype, head_dim, mask, *tiles)
-    row = ForwardSm90(arch, dtype, head_dim, mask, **SM90_TILES[head_dim])
-    if head_dim == 256 and mask != "full":
-        row = replace(row, ordered=True)  # 1 % ahead; without a mask 1 % behind
+        return ForwardSm80(arch, dtype, head_dim, mask, *of_row(SM80_TILES, head_dim, mask))
+    row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask))
     short, short_seqlen = None, 0
-    for seqlen, differences in SM90_SHORT.get((head_dim, mask), ()):
+    for seqlen, differences in of_row(SM90_SHORT, head_dim, mask):
         short = replace(row, **differences, short=short, short_seqlen=short_seqlen)
         short_seqlen = seqlen
     return replace(row, short=short, short_seqlen=short_seqlen)
+
+
+def of_row(table: dict, head_dim: int, mask: str) -> Any:
+    """A table's entry for this mask where it has one of its own, else the one for the head dim."""
+    return table[head_dim, mask] if (head_dim, mask) in table else table[head_dim]
 
 
 # head dim -> (tile_m, tile_n, warps); each fits the 99 kB of the smallest architecture. 32 rows for each warp
@@ -136,10 +134,10 @@ SM80_TILES = {
     64: (128, 80, 4),
     96: (128, 64, 4),
     128: (128, 64, 4),
+    (128, "window"): (64, 64, 4),  # the third loop would spill up to 34 words at 128 x 64
     192: (128, 64, 8),
     256: (64, 64, 4),
 }
-SM80_WINDOW_128 = (64, 64, 4)  # its third loop would spill up to 34 words at 128 x 64
 
 # Measured on an H100 (docs/worklog.md, SM90 tiles). At 192 and 256 two Q buffers would leave too little
 # room for keys.
@@ -148,22 +146,24 @@ SM90_TILES = {
     96: dict(tile_m=192, tile_n=96),
     128: dict(tile_m=128, tile_n=128, q_regs=True),
     192: dict(tile_m=128, tile_n=96, q_stages=1, ordered=False),
-    256: dict(tile_m=128, tile_n=64, q_stages=1, ordered=False),
+    256: dict(tile_m=128, tile_n=64, q_stages=1),
+    (256, "full"): dict(
+        tile_m=128, tile_n=64, q_stages=1, ordered=False
+    ),  # 1 % ahead; with a mask 1 % behind
 }
 
-# (head dim, mask) -> (longest seqlen_q, what differs), shortest first: smaller tiles waste less of a short
-# sequence, and leave room for more of them in flight.
+# head dim -> (longest seqlen_q, what differs), shortest first: smaller tiles waste less of a short sequence,
+# and leave room for more of them in flight.
 _SHORT_64 = dict(tile_m=128, stages=4, q_regs=True, ordered=False)
-_SHORT_96 = ((2048, dict(tile_m=128, tile_n=128, stages=3, q_regs=True, ordered=False)),)
-_SHORT_128 = ((512, dict(tile_n=64, stages=5)), (2048, dict(tile_n=96, stages=3)))
 SM90_SHORT = {
+    64: ((2048, _SHORT_64),),
     (64, "full"): ((1024, _SHORT_64),),
-    (64, "causal"): ((2048, _SHORT_64),),
-    (64, "window"): ((2048, _SHORT_64),),
-    (96, "causal"): _SHORT_96,
-    (96, "window"): _SHORT_96,
-    (128, "causal"): _SHORT_128,
-    (128, "window"): _SHORT_128,
+    96: ((2048, dict(tile_m=128, tile_n=128, stages=3, q_regs=True, ordered=False)),),
+    (96, "full"): (),
+    128: ((512, dict(tile_n=64, stages=5)), (2048, dict(tile_n=96, stages=3))),
+    (128, "full"): (),
+    192: (),
+    256: (),
 }
 
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import compile, config, cpu
+from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.counters import tile_counter, unused_counter
 from mini_flash_attention.problem import Problem
-
-ELEMENTS = 8  # of a 16-byte chunk: the kernels want head dims, strides and addresses in multiples of it
 
 
 def backend(problem: Problem) -> str:

@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-ELEMENTS = 8  # a 16-byte chunk of 16-bit values: head dims and strides are multiples of it
+from mini_flash_attention.config import ELEMENTS
 
 
 def attention_tensor(dtype: type, batch, seqlen, heads, head_dim) -> cute.Tensor:

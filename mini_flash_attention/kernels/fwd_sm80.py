@@ -15,7 +15,6 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments
-from mini_flash_attention.kernels.blocks import walk
 from mini_flash_attention.kernels.fragments import (
     as_operand_A,
     convert,
@@ -84,10 +83,8 @@ def arrive():
 
 
 def key_walk(config, sizes: Sizes, m_block: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-    """blocks.walk, worked out anew where it is asked for: kept across the products it would spill."""
-    tile = config.tile_m, config.tile_n
-    window = sizes.window(config.mask)
-    return walk(opaque(m_block), *tile, sizes.seqlen_q, sizes.seqlen_k, *window)
+    """sizes.walk, worked out anew where it is asked for: kept across the products it would spill."""
+    return sizes.walk(config, opaque(m_block))
 
 
 def masked_end(config, sizes: Sizes, m_block: Int32) -> Int32:

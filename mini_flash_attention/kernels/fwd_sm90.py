@@ -20,7 +20,6 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments
-from mini_flash_attention.kernels.blocks import walk
 from mini_flash_attention.kernels.fragments import (
     as_operand_A,
     convert,
@@ -58,13 +57,6 @@ class Shared(NamedTuple):
     t_ring: Ring
 
 
-def key_walk(config, sizes: Sizes, m_block: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-    """blocks.walk: (start, free_end, free_first, first)."""
-    tile = config.tile_m, config.tile_n
-    window = sizes.window(config.mask)
-    return walk(m_block, *tile, sizes.seqlen_q, sizes.seqlen_k, *window)
-
-
 @cute.jit
 def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma, k: Tma, v: Tma, s: Shared):
     """The producer warp: draw tiles, tell the consumers, load Q, K and V."""
@@ -83,7 +75,7 @@ def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma,
             announce(s, t, m_block, head, batch)
             if total > grid:  # else each thread block has one tile, and there is no counter
                 drawn = draw(schedule.counter)
-        start, _, _, first = key_walk(config, sizes, m_block)
+        start, _, _, first = sizes.walk(config, m_block)
         load(k, start, head_kv, batch, s.sK, s.k_ring, it)
         if not has_Q:
             load(q, m_block, head, batch, s.sQ, s.q_ring, t)
@@ -237,6 +229,37 @@ def step(
 
 
 @cute.jit
+def later_blocks(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    s: Shared,
+    w: Work,
+    t: Int32,
+    it: Int32,
+    m_block: Int32,
+    ends: tuple[Int32, Int32, Int32, Int32],
+) -> Int32:
+    """All steps of a tile after its first block, in at most two rounds. Returns the ring use reached.
+
+    ends: sizes.walk of m_block.
+    """
+    start, free_end, free_first, first = ends
+    n_block, masked_end = start - 1, free_end
+    while n_block >= first:
+        while n_block >= masked_end:
+            step(config, sizes, s, w, t, it, m_block, n_block, True)
+            it += 1
+            n_block -= 1
+        steady = Boolean(True)
+        while (n_block >= free_first) & steady:
+            steady = step(config, sizes, s, w, t, it, m_block, n_block, False)
+            it += 1
+            n_block -= 1
+        masked_end = first  # the left edge, or scores that grow: the rest as if it were masked
+    return it
+
+
+@cute.jit
 def in_range(config: cutlass.Constexpr, w: Work):
     """Whether all sums of the WG, so all of its P, are far from overflow in P's dtype; not if one is NaN.
 
@@ -288,7 +311,7 @@ def consume(
     while m_block >= 0:
         if const_expr(config.q_stages == 1):
             first_S(config, s, w, t, it)
-        start, free_end, free_first, first = key_walk(config, sizes, m_block)
+        ends = start, free_end, _, _ = sizes.walk(config, m_block)
         if start >= free_end:  # else every row sees it whole
             mask(config, sizes, w.acc_S, w.coords, m_block, start)
         w.softmax.first(w.acc_S)
@@ -300,19 +323,7 @@ def consume(
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
                 release(s.q_ring, t - 1, w.lane)
 
-        n_block, masked_end = start - 1, free_end
-        while n_block >= first:
-            while n_block >= masked_end:
-                step(config, sizes, s, w, t, it, m_block, n_block, True)
-                it += 1
-                n_block -= 1
-            steady = Boolean(True)
-            while (n_block >= free_first) & steady:
-                steady = step(config, sizes, s, w, t, it, m_block, n_block, False)
-                it += 1
-                n_block -= 1
-            masked_end = first  # the left edge, or scores that grow: the rest as if it were masked
-
+        it = later_blocks(config, sizes, s, w, t, it, m_block, ends)
         if const_expr(config.q_stages == 1):
             release(s.q_ring, t, w.lane)
         m_next, head_next, batch_next = read_tile(s, t + 1, w.lane)
@@ -485,41 +496,37 @@ def launch(
     group = heads // mK.shape[2]
     sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
     schedule = Schedule(swath, counter.iterator)
-    tensors = mQ, mK, mV, mO, mLSE
-    launch_at(config, sizes, schedule, num_sms, tensors, scale, stream)
+    launch_at(config, Call(sizes, schedule, num_sms, mQ, mK, mV, mO, mLSE, scale), stream)
+
+
+class Call(NamedTuple):
+    """What launch was given."""
+
+    sizes: Sizes
+    schedule: Schedule
+    num_sms: Int32
+    mQ: cute.Tensor
+    mK: cute.Tensor
+    mV: cute.Tensor
+    mO: cute.Tensor
+    mLSE: cute.Tensor
+    scale: Float32
 
 
 @cute.jit
-def launch_at(
-    config: cutlass.Constexpr,
-    sizes: Sizes,
-    schedule: Schedule,
-    num_sms: Int32,
-    tensors: tuple[cute.Tensor, ...],
-    scale: Float32,
-    stream,
-):
+def launch_at(config: cutlass.Constexpr, call: Call, stream):
     """ForwardSm90.at: the tiles for this many queries."""
     if const_expr(config.short is None):
-        launch_tiles(config, sizes, schedule, num_sms, tensors, scale, stream)
-    elif sizes.seqlen_q <= config.short_seqlen:
-        launch_at(config.short, sizes, schedule, num_sms, tensors, scale, stream)
+        launch_tiles(config, call, stream)
+    elif call.sizes.seqlen_q <= config.short_seqlen:
+        launch_at(config.short, call, stream)
     else:
-        launch_tiles(config, sizes, schedule, num_sms, tensors, scale, stream)
+        launch_tiles(config, call, stream)
 
 
 @cute.jit
-def launch_tiles(
-    config: cutlass.Constexpr,
-    sizes: Sizes,
-    schedule: Schedule,
-    num_sms: Int32,
-    tensors: tuple[cute.Tensor, ...],
-    scale: Float32,
-    stream,
-):
-    mQ, mK, mV, mO, mLSE = tensors
-    dtype = mQ.element_type
+def launch_tiles(config: cutlass.Constexpr, call: Call, stream):
+    dtype = call.mQ.element_type
     mnk = (config.tile_m, config.tile_n, config.head_dim)
     sQ_layout = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, mnk, dtype, config.q_stages)
     sO_layout = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (16, *mnk[1:]), dtype, 1)
@@ -534,27 +541,27 @@ def launch_tiles(
         dtype, dtype, K, MN, Float32, wgs, (64, config.head_dim), RMEM
     )
     g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-    q = make_tma(g2s, mQ, sQ_layout, (config.tile_m, config.head_dim))
-    k = make_tma(g2s, mK, sKV_layout, (config.tile_n, config.head_dim))
-    v = make_tma(g2s, mV, sKV_layout, (config.tile_n, config.head_dim))
-    o = make_tma(s2g, mO, sO_layout, (16, config.head_dim))
+    q = make_tma(g2s, call.mQ, sQ_layout, (config.tile_m, config.head_dim))
+    k = make_tma(g2s, call.mK, sKV_layout, (config.tile_n, config.head_dim))
+    v = make_tma(g2s, call.mV, sKV_layout, (config.tile_n, config.head_dim))
+    o = make_tma(s2g, call.mO, sO_layout, (16, config.head_dim))
     kernel(
         config,
-        sizes,
-        schedule,
+        call.sizes,
+        call.schedule,
         q,
         k,
         v,
         o,
-        mO,
-        mLSE,
-        scale * Float32(LOG2_E),
+        call.mO,
+        call.mLSE,
+        call.scale * Float32(LOG2_E),
         tiled_mma_qk,
         tiled_mma_pv,
         sQ_layout,
         sKV_layout,
     ).launch(
-        grid=(cutlass.min(num_sms, num_tiles(config, sizes)), 1, 1),
+        grid=(cutlass.min(call.num_sms, num_tiles(config, call.sizes)), 1, 1),
         block=(128 + 128 * config.wgs, 1, 1),
         min_blocks_per_mp=1,
         stream=stream,

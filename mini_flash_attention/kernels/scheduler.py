@@ -14,9 +14,8 @@ class Schedule:
     """How a persistent kernel hands out its tiles."""
 
     swath: Int32  # heads walked together: see tile_coords
-    counter: (
-        cute.Pointer
-    )  # [0]: tiles drawn beyond each thread block's first; [1]: thread blocks that are done
+    # [0]: tiles drawn beyond each thread block's first; [1]: thread blocks that are done
+    counter: cute.Pointer
 
 
 def num_tiles(config, sizes: Sizes) -> Int32:

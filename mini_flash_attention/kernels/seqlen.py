@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from cutlass import Int32
 
+from mini_flash_attention.kernels.blocks import walk
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -20,3 +22,8 @@ class Sizes:
         left = self.window_left if mask == "window" else None
         right = self.window_right if mask != "full" else None
         return left, right
+
+    def walk(self, config, m_block: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+        """blocks.walk of query block m_block: (start, free_end, free_first, first)."""
+        tile, window = (config.tile_m, config.tile_n), self.window(config.mask)
+        return walk(m_block, *tile, self.seqlen_q, self.seqlen_k, *window)
