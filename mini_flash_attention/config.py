@@ -1,8 +1,9 @@
 """The tile tables: how each kernel is cut to its GPU, head dim and mask."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 ELEMENTS = 8  # of a 16-byte chunk: the kernels' tensors have head dims and strides in multiples of it
 DTYPES = ("float16", "bfloat16")
@@ -37,6 +38,9 @@ class ForwardSm80:
     tile_m: int  # query rows of a thread block
     tile_n: int  # keys of a block
     warps: int
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
+    page: int = 0  # 1: k and v are pages, of any size
 
     def at(self, seqlen_q: int) -> "ForwardSm80":
         return self
@@ -73,6 +77,9 @@ class ForwardSm90:
     q_stages: int = 2  # 2: the next tile's Q comes, and its first S, under this tile's last P·V
     q_regs: bool = False  # Q in registers: less shared memory traffic, head_dim / 4 more registers
     ordered: bool = True  # the warpgroups take turns to issue their products
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
+    page: int = 0  # what divides a page of k and v: one of SM90_PAGES; 0: no pages
     short: "ForwardSm90 | None" = None  # other tiles, in the same library, up to short_seqlen queries
     short_seqlen: int = 0
 
@@ -90,12 +97,70 @@ class ForwardSm90:
         return self.tile_m // 64
 
     @property
+    def registers(self) -> tuple[int, int]:
+        """Of a producer's and a consumer's thread: finding sequences takes some of the consumers'."""
+        if self.wgs == 3:
+            return 32, 160
+        return (40, 232) if self.ragged else (24, 240)
+
+    @property
+    def piece(self) -> int:
+        """Keys that one TMA load copies: they lie in one page."""
+        return math.gcd(self.page, self.tile_n)
+
+    @property
     def shared_memory(self) -> int:
         """Bytes: Q and the K and V blocks; barriers come on top."""
         return 2 * self.head_dim * (self.q_stages * self.tile_m + 2 * self.stages * self.tile_n)
 
 
 ForwardConfig = ForwardSm80 | ForwardSm90
+
+
+class Workspace(NamedTuple):
+    """Shapes of what a backward pass needs beside its results; nothing need be in them at the start."""
+
+    stats: tuple[int, ...]  # float32: what bwd_delta.py finds out about the rows
+    dq_acc: tuple[int, ...]  # float32: the sum of dQ, tile by tile
+    turns: tuple[int, ...]  # int32: who may add to a tile of dq_acc; read with `deterministic` only
+
+
+@dataclass(frozen=True)
+class BackwardSm90:
+    """Every static fact of one bwd_sm90 kernel; its repr is part of the cache key."""
+
+    kernel: ClassVar[str] = "bwd_sm90"
+    stack: ClassVar[int] = 0
+    dq_swizzled: ClassVar[bool] = True  # see bwd_convert.offset
+    pdl: ClassVar[bool] = True  # each kernel starts while the one before it ends
+    arch: str
+    dtype: str
+    head_dim: int
+    mask: str
+    deterministic: bool  # dQ is summed up in a fixed order
+    tile_m: int  # queries of a block
+    tile_n: int  # keys of a thread block
+    dq_piece: tuple[int, int]  # (rows, columns) of a block's dQ that are added to dq_acc at a time
+    stages: int = 2  # Q blocks in shared memory
+    do_stages: int = 2  # dO blocks
+    registers: tuple[int, int, int] = (208, 72, 24)  # of a consumer, dQ and load thread
+
+    @property
+    def wide(self) -> bool:
+        """One consumer warpgroup computes dV, the other dK; else both, each of 64 keys."""
+        return self.tile_n == 64
+
+    def workspace(self, batch: int, heads_q: int, seqlen_q: int) -> Workspace:
+        blocks = batch, heads_q, -(-seqlen_q // self.tile_m)
+        turns = blocks if self.deterministic else (1, 1, 1)
+        return Workspace((*blocks, 2, self.tile_m), (*blocks, self.tile_m * self.head_dim), turns)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: K and V, the slots of Q, dO, dS and P, two pieces of dQ, stats; barriers come on top."""
+        tiles = 2 * self.head_dim * (2 * self.tile_n + (self.stages + self.do_stages) * self.tile_m)
+        scores = 2 * 2 * self.tile_n * self.tile_m * (2 if self.wide else 1)
+        return tiles + scores + 2 * 4 * math.prod(self.dq_piece) + self.stages * 2 * 4 * self.tile_m
 
 
 def gpu_arch(capability: tuple[int, int]) -> str:
@@ -108,11 +173,18 @@ def bucket(head_dim: int) -> int:
     return next(size for size in HEAD_DIMS if size >= head_dim)
 
 
-def forward(path: str, arch: str, dtype: str, head_dim: int, mask: str) -> ForwardConfig:
-    """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90")."""
+def forward(
+    path: str, arch: str, dtype: str, head_dim: int, mask: str, **features: str | bool | int
+) -> ForwardConfig:
+    """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90").
+
+    features: score, ragged and page, as in the configs.
+    """
     if path == "sm80":
-        return ForwardSm80(arch, dtype, head_dim, mask, *of_row(SM80_TILES, head_dim, mask))
-    row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask))
+        return ForwardSm80(arch, dtype, head_dim, mask, *of_row(SM80_TILES, head_dim, mask), **features)
+    if features.get("score", "plain") != "plain" and head_dim in SM90_SCORED:
+        return ForwardSm90(arch, dtype, head_dim, mask, **SM90_SCORED[head_dim], **features)
+    row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask), **features)
     short, short_seqlen = None, 0
     for seqlen, differences in of_row(SM90_SHORT, head_dim, mask):
         short = replace(row, **differences, short=short, short_seqlen=short_seqlen)
@@ -152,6 +224,17 @@ SM90_TILES = {
     ),  # 1 % ahead; with a mask 1 % behind
 }
 
+# Keys that TMA copies at once, as many as divide a page; pages of other sizes are for the SM80 path.
+SM90_PAGES = (64, 16, 8)
+
+# With a score function: its registers come from smaller tiles.
+SM90_SCORED = {
+    64: dict(tile_m=128, tile_n=128, stages=4),
+    96: dict(tile_m=128, tile_n=128, stages=3),
+    128: dict(tile_m=128, tile_n=112),
+    192: dict(tile_m=128, tile_n=80, q_stages=1, ordered=False),
+}
+
 # head dim -> (longest seqlen_q, what differs), shortest first: smaller tiles waste less of a short sequence,
 # and leave room for more of them in flight.
 _SHORT_64 = dict(tile_m=128, stages=4, q_regs=True, ordered=False)
@@ -181,3 +264,227 @@ def forward_configs(arch: str) -> Iterator[ForwardConfig]:
             for dtype in DTYPES:
                 for mask in MASKS:
                     yield forward(path, arch, dtype, head_dim, mask)
+
+
+# head dim -> tiles of the Hopper backward. Registers hold no more than 64 queries at 128, and no more than 64
+# keys from 192 on; shared memory holds no second dO at 256.
+SM90_BACKWARD_TILES = {
+    64: dict(tile_m=128, tile_n=128, dq_piece=(64, 64)),
+    96: dict(tile_m=64, tile_n=128, dq_piece=(64, 96), registers=(192, 96, 32)),
+    128: dict(tile_m=64, tile_n=128, dq_piece=(64, 64)),
+    192: dict(tile_m=64, tile_n=64, dq_piece=(64, 64)),
+    256: dict(tile_m=64, tile_n=64, dq_piece=(64, 64), do_stages=1),
+}
+
+
+def backward_sm90(arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool) -> BackwardSm90:
+    """The configuration for a head dim of SM90_BACKWARD_TILES."""
+    tiles = of_row(SM90_BACKWARD_TILES, head_dim, mask)
+    return BackwardSm90(arch, dtype, head_dim, mask, deterministic, **tiles)
+
+
+@dataclass(frozen=True)
+class BackwardSm80:
+    """Every static fact of one bwd_sm80 kernel; its repr is part of the cache key."""
+
+    kernel: ClassVar[str] = "bwd_sm80"
+    stack: ClassVar[int] = 0
+    arch: str
+    dtype: str
+    head_dim: int
+    mask: str
+    deterministic: bool  # dQ is summed up in a fixed order
+    tile_m: int  # queries of a block
+    tile_n: int  # keys of a thread block: 16 or 32 for each pair of warps
+    warps: int
+    warps_m: int  # of those, how many share out the queries of dQ; the others its columns
+    stages: int = 2  # Q and dO blocks in shared memory
+
+    def workspace(self, batch: int, heads_q: int, seqlen_q: int) -> Workspace:
+        blocks = batch, heads_q, -(-seqlen_q // self.tile_m)
+        turns = blocks if self.deterministic else (1, 1, 1)
+        return Workspace((*blocks, 2, self.tile_m), (*blocks, self.tile_m * self.head_dim), turns)
+
+    @property
+    def pdl(self) -> bool:
+        """Whether each kernel starts while the one before it ends."""
+        return int(self.arch[3:].rstrip("a")) >= 90
+
+    @property
+    def dq_vector(self) -> int:
+        """Values of dQ that one instruction adds to dq_acc."""
+        return 4 if int(self.arch[3:].rstrip("a")) >= 90 else 1
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: K and V, the slots of Q and dO, of dS and of the statistics."""
+        tiles = 2 * self.head_dim * (2 * self.tile_n + 2 * self.stages * self.tile_m)
+        return tiles + 2 * self.stages * self.tile_m * (self.tile_n + 4)
+
+
+# head dim -> tiles of the SM80 backward, the first that fits the shared memory. A warp's keys are as many as
+# its registers hold, since all pairs of warps read the same queries: 32 up to 128, else 16. Predicted, not
+# measured.
+SM80_BACKWARD_TILES = {
+    64: (
+        dict(tile_m=128, tile_n=128, warps=8, warps_m=4),
+        dict(tile_m=64, tile_n=128, warps=8, warps_m=4),
+    ),
+    96: (
+        dict(tile_m=64, tile_n=128, warps=8, warps_m=4),
+        dict(tile_m=64, tile_n=64, warps=8, warps_m=4),
+    ),
+    128: (
+        dict(tile_m=64, tile_n=128, warps=8, warps_m=2),
+        dict(tile_m=32, tile_n=64, warps=8, warps_m=2),
+    ),
+    192: (
+        dict(tile_m=64, tile_n=64, warps=8, warps_m=2),
+        dict(tile_m=32, tile_n=64, warps=8, warps_m=2, stages=1),
+    ),
+    256: (
+        dict(tile_m=64, tile_n=64, warps=8, warps_m=2),
+        dict(tile_m=64, tile_n=64, warps=8, warps_m=2, stages=1),
+        dict(tile_m=32, tile_n=32, warps=4, warps_m=2, stages=1),
+    ),
+}
+
+
+def backward_sm80(arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool) -> BackwardSm80:
+    """The configuration for a head dim of SM80_BACKWARD_TILES."""
+    for tiles in of_row(SM80_BACKWARD_TILES, head_dim, mask):
+        row = BackwardSm80(arch, dtype, head_dim, mask, deterministic, **tiles)
+        if row.shared_memory <= SHARED_MEMORY[arch]:
+            break
+    return row
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Every static fact of a decode kernel, and of the combine kernel in the same library."""
+
+    kernel: ClassVar[str] = "decode"
+    stack: ClassVar[int] = 0
+    ragged: ClassVar[bool] = True
+    warps: ClassVar[int] = 4
+    arch: str
+    dtype: str
+    head_dim: int
+    tile_m: int  # query rows of a thread block, 16 for a warp: queries times the heads that share a key head
+    chunk: int  # keys that a warp works on at a time
+    slots: int  # chunks of K and V in shared memory, one of them not in flight
+    pdl: bool  # the combine kernel is launched before the splits are there, to wait for them: SM90 on
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
+    page: int = 0  # 1: k and v are pages, of any size
+
+    @property
+    def row_warps(self) -> int:
+        """Warps that share chunks, for other rows."""
+        return self.tile_m // 16
+
+    @property
+    def key_warps(self) -> int:
+        """Warps, or groups of row_warps, that have chunks of their own."""
+        return self.warps // self.row_warps
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a block."""
+        return self.chunk * self.key_warps
+
+    @property
+    def warp_rows(self) -> int:
+        """Rows of a chunk that a warp copies."""
+        return self.chunk // self.row_warps
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: the rings; the results of the warps, which take their place."""
+        rings = 2 * self.slots * self.key_warps * self.chunk * self.head_dim
+        return max(rings, 4 * self.key_warps * self.tile_m * (self.head_dim + 8 + 2))
+
+    @property
+    def resident(self) -> int:
+        """Thread blocks that an SM holds; it has 1 KB more than one may use, and takes 1 KB for each."""
+        return min(2, (SHARED_MEMORY[self.arch] + 1024) // (self.shared_memory + 1024))
+
+
+# head dim -> {tile_m: (chunk, slots)}: two thread blocks an SM, to have loads in flight while one starts or
+# ends, and 48 to 64 KB on the way in each. Predicted, not measured. 64 rows: at 192 and 256 longer chunks
+# would spill. 256: three slots are the fewest that keep loads in flight while a chunk is worked on.
+DECODE_TILES = {
+    64: {16: (32, 5), 64: (64, 9)},
+    96: {16: (16, 6), 64: (64, 5)},
+    128: {16: (16, 5), 64: (64, 5)},
+    192: {16: (16, 3), 64: (16, 9)},
+    256: {16: (16, 3), 64: (16, 9)},
+}
+
+# The same for 99 KB. Their memory needs less than half as much in flight.
+DECODE_TILES_SMALL = {
+    64: {16: (16, 5), 64: (64, 5)},
+    96: {16: (16, 3), 64: (32, 5)},
+    128: {16: (16, 3), 64: (32, 5)},
+    192: {16: (16, 3), 64: (16, 9)},
+    256: {16: (16, 3), 64: (16, 9)},
+}
+
+
+def decode(arch: str, dtype: str, head_dim: int, rows: int, score: str = "plain", page: int = 0) -> Decode:
+    """The configuration for a head dim of HEAD_DIMS and tiles of up to `rows` rows."""
+    table = DECODE_TILES if SHARED_MEMORY[arch] > 100 * 1024 else DECODE_TILES_SMALL
+    tile_m = 16 if rows <= 16 else 64
+    pdl = int(arch[3:].rstrip("a")) >= 90
+    return Decode(arch, dtype, head_dim, tile_m, *table[head_dim][tile_m], pdl, score, page)
+
+
+def decode_configs(arch: str) -> Iterator[Decode]:
+    """Every row for an architecture, without score functions."""
+    for head_dim in HEAD_DIMS:
+        for dtype in DTYPES:
+            for rows in (16, 64):
+                for page in (0, 1):
+                    yield decode(arch, dtype, head_dim, rows, page=page)
+
+
+# How elements are rotated in pairs: 2i with 2i + 1, or i with i + rotary_dim / 2.
+ROTARY = ("none", "interleaved", "halves")
+
+
+@dataclass(frozen=True)
+class KvAppend:
+    """Every static fact of one kv_append kernel; its repr is part of the cache key."""
+
+    kernel: ClassVar[str] = "kv_append"
+    stack: ClassVar[int] = 0
+    arch: str
+    dtype: str
+    rotary: str  # one of ROTARY
+    page: int  # 1: k and v are pages, of any size
+
+
+def append_configs(arch: str) -> Iterator[KvAppend]:
+    for dtype in DTYPES:
+        for rotary in ROTARY:
+            for page in (0, 1):
+                yield KvAppend(arch, dtype, rotary, page)
+
+
+BackwardConfig = BackwardSm80 | BackwardSm90
+
+
+def backward(
+    path: str, arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool = False
+) -> BackwardConfig:
+    """The configuration of the backward pass for a head dim of HEAD_DIMS on one path."""
+    make = backward_sm80 if path == "sm80" else backward_sm90
+    return make(arch, dtype, head_dim, mask, deterministic)
+
+
+def backward_configs(arch: str) -> Iterator[BackwardConfig]:
+    """Every row of the backward pass for an architecture, each with one dtype in a fixed order too."""
+    for path in paths(arch):
+        for head_dim in HEAD_DIMS:
+            for mask in MASKS:
+                for dtype, deterministic in (*((dtype, False) for dtype in DTYPES), (DTYPES[-1], True)):
+                    yield backward(path, arch, dtype, head_dim, mask, deterministic)

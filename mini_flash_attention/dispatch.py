@@ -11,7 +11,7 @@ from torch import Tensor
 from mini_flash_attention import compile, config, cpu
 from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.counters import tile_counter, unused_counter
-from mini_flash_attention.problem import Problem
+from mini_flash_attention.problem import Layout, Problem
 
 
 def backend(problem: Problem) -> str:
@@ -55,17 +55,21 @@ def forward(
     v: Tensor,
     alibi_slopes: Tensor | None,
     seed: int | None,
+    layout: Layout | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q)."""
+    """out, like q, and lse (batch, heads_q, seqlen_q), or (heads_q, total_q) where q is packed.
+
+    With `out` given, the result is written there. GPU: rows of q that are in no sequence have no result.
+    """
     plan = forward_plan(problem, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
     if plan is None:
         with torch.autocast(problem.device.type, enabled=False):
-            return cpu.forward(problem, q, k, v, alibi_slopes, seed)
-    if plan.launch is None:
-        return empty_result(q)
-    if plan.simple and ready(q, k, v):
-        return plan.run(q, k, v)
-    return forward_copied(plan, problem, q, k, v)
+            return cpu.forward(problem, q, k, v, alibi_slopes, seed, layout, out)
+    if layout is None and out is None and plan.simple and ready(q, k, v):
+        return plan.run(q, k, v, alibi_slopes)
+    ragged = None if layout is None else ragged_arguments(problem, layout, keys=problem.seqlen_k, added=0)
+    return forward_ragged(plan, problem, q, k, v, alibi_slopes, ragged, out)
 
 
 def backward(
@@ -79,23 +83,34 @@ def backward(
     lse: Tensor,
     alibi_slopes: Tensor | None,
     seed: int | None,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
-    if backend(problem) != "cpu":
-        raise NotImplementedError(
-            "backward: gradients on the GPU are not implemented yet; "
-            "MINI_FLASH_ATTENTION_BACKEND=cpu has them"
-        )
-    with torch.autocast(problem.device.type, enabled=False):
-        return cpu.backward(problem, dout, dlse, q, k, v, out, lse, alibi_slopes, seed)
+    """dq, dk, dv, like q, k, v."""
+    plan = backward_plan(problem, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
+    if plan is None:
+        with torch.autocast(problem.device.type, enabled=False):
+            return cpu.backward(problem, dout, dlse, q, k, v, out, lse, alibi_slopes, seed, layout)
+    if plan.launch is None:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    q, k, v, out, dout = for_kernels(problem, q, k, v, out, dout)
+    dq, dk, dv = plan.run(dout, dlse, q, k, v, out, lse)
+    if problem.softmax_scale <= 0:
+        dq = -dq if problem.softmax_scale < 0 else torch.zeros_like(dq)
+    return tuple(dx[..., : problem.head_dim] for dx in (dq, dk, dv))
 
 
 def dropout_probabilities(
-    problem: Problem, q: Tensor, k: Tensor, lse: Tensor, alibi_slopes: Tensor | None, seed: int
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: int,
+    layout: Layout | None = None,
 ) -> Tensor:
     """S_dmask, for tests: the probabilities (batch, heads_q, seqlen_q, seqlen_k), negative where dropped."""
     with torch.autocast(problem.device.type, enabled=False):
-        return cpu.dropout_probabilities(problem, q, k, lse, alibi_slopes, seed)
+        return cpu.dropout_probabilities(problem, q, k, lse, alibi_slopes, seed, layout)
 
 
 class ForwardPlan(NamedTuple):
@@ -105,18 +120,34 @@ class ForwardPlan(NamedTuple):
     simple: bool  # q, k and v can be used as they are, if their strides allow it
     device: int
     lse: Tensor  # (batch, heads, seqlen_q), all one element: empty_like is the cheapest allocation
-    rest: tuple[float | int | Tensor, ...]  # the kernel's arguments after q, k, v, out and lse
-    scheduled: bool  # a last argument is missing: the counter from which the kernel draws its tiles
+    score: tuple[float, float | None, Tensor | None]  # kernels/scores.py: Score
+    window: tuple[int, int]
+    schedule: tuple[int | Tensor, ...]  # the kernel's last arguments
+    scheduled: bool  # one more is missing: the counter from which the kernel draws its tiles
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alibi_slopes: Tensor | None = None,
+        ragged: tuple | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                return self.run(q, k, v)
-        out, lse = torch.empty_like(q), torch.empty_like(self.lse)
+                return self.run(q, k, v, alibi_slopes, ragged, out)
+        if out is None:
+            out = torch.empty_like(q)
+        lse = torch.empty_like(self.lse)
+        score = self.score
+        if alibi_slopes is not None:
+            score = (*score[:2], slopes_of_batch(alibi_slopes, len(q) if ragged is None else ragged[-2]))
+        arguments = q, k, v, out, lse, score, *self.window, ragged, *self.schedule
         if self.scheduled:
-            self.launch(q, k, v, out, lse, *self.rest, tile_counter(self.device))
+            self.launch(*arguments, tile_counter(self.device))
         else:
-            self.launch(q, k, v, out, lse, *self.rest)
+            self.launch(*arguments)
         return out, lse
 
 
@@ -128,37 +159,117 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | None:
         return None
     check_supported(problem)
     device = problem.device.index
-    shape = problem.batch, problem.heads_q, problem.seqlen_q
+    sequences = 1 if problem.packed_q else problem.batch
+    shape = sequences, problem.heads_q, problem.seqlen_q
     lse = torch.empty((), dtype=torch.float32, device=problem.device).expand(shape)
+    scale = abs(problem.softmax_scale) or 1.0
+    score, window = (scale, problem.softcap or None, None), window_numbers(problem)
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return ForwardPlan(None, True, device, lse, (), False)
+        return ForwardPlan(None, False, device, lse, score, window, (), False)
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
     row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
-    tiles = row.at(problem.seqlen_q)
-    rest = (
-        abs(problem.softmax_scale) or 1.0,
-        problem.window_left or 0,
-        problem.seqlen_q if problem.window_right is None else problem.window_right,
-        swath(tiles, problem, num_sms),
-    )
+    tiles = row.at(problem.longest_q)
+    schedule = (swath(tiles, problem, num_sms),)
     scheduled = False
-    if path == "sm90":
-        num_tiles = -(-problem.seqlen_q // tiles.tile_m) * problem.batch * problem.heads_q
-        scheduled = num_tiles > num_sms  # else the kernel draws nothing, and any address will do
-        rest = (*rest, num_sms) if scheduled else (*rest, num_sms, unused_counter(device))
+    if row.kernel == "fwd_sm90":
+        m_blocks = -(-problem.seqlen_q // tiles.tile_m) * problem.batch
+        if problem.packed_q:  # scheduler.num_tiles
+            m_blocks = problem.seqlen_q // tiles.tile_m + min(problem.batch, problem.seqlen_q)
+        scheduled = m_blocks * problem.heads_q > num_sms  # else it draws nothing, and any address will do
+        schedule = (*schedule, num_sms) if scheduled else (*schedule, num_sms, unused_counter(device))
     simple = problem.softmax_scale > 0 and problem.head_dim % ELEMENTS == 0
-    return ForwardPlan(compile.get(row), simple, device, lse, rest, scheduled)
+    return ForwardPlan(compile.get(row), simple, device, lse, score, window, schedule, scheduled)
+
+
+class BackwardPlan(NamedTuple):
+    """A kernel and the numbers it takes, for all backward passes of one problem."""
+
+    launch: Callable | None  # None: all gradients are 0
+    device: int
+    workspace: config.Workspace
+    scale: float
+    window: tuple[int, int]
+
+    def run(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.cuda.device(self.device):
+            dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+            stats, dq_acc = (lse.new_empty(shape) for shape in self.workspace[:2])
+            turns = torch.empty(self.workspace.turns, dtype=torch.int32, device=q.device)
+            has_dlse = dlse is not None
+            dlse = dlse.contiguous() if has_dlse else lse
+            tensors = q, k, v, out, dout, lse, dlse, stats, dq_acc, dq, dk, dv
+            self.launch(*tensors, self.scale, int(has_dlse), *self.window, turns)
+        return dq, dk, dv
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_plan(problem: Problem, forced: str | None) -> BackwardPlan | None:
+    """How to compute a problem's gradients on the GPU; None: on the CPU backend."""
+    path = choose(problem.device, forced)
+    if path == "cpu":
+        return None
+    check_gradients_supported(problem)
+    numbers = abs(problem.softmax_scale) or 1.0, window_numbers(problem)
+    device = problem.device.index
+    if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
+        return BackwardPlan(None, device, config.Workspace((), (), ()), *numbers)
+    row = backward_config(problem, path, gpu_arch(device))
+    workspace = row.workspace(problem.batch, problem.heads_q, problem.seqlen_q)
+    return BackwardPlan(compile.get(row), device, workspace, *numbers)
+
+
+def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:
+    """The static facts of a problem's backward pass: what is compiled."""
+    dtype, head_dim = str(problem.dtype).removeprefix("torch."), config.bucket(problem.head_dim)
+    return config.backward(path, arch, dtype, head_dim, mask_kind(problem), problem.deterministic)
+
+
+def gpu_arch(device: int) -> str:
+    return config.gpu_arch(torch.cuda.get_device_capability(device))
+
+
+def mask_kind(problem: Problem) -> str:
+    if problem.window_left is not None:
+        return "window"
+    return "full" if problem.window_right is None else "causal"
+
+
+def window_numbers(problem: Problem) -> tuple[int, int]:
+    """(left, right); what a mask kind does not limit is not read, or hides nothing."""
+    right = problem.seqlen_q if problem.window_right is None else problem.window_right
+    return problem.window_left or 0, right
 
 
 def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConfig:
     """The static facts of a problem, and nothing else of it: what is compiled."""
-    if problem.window_left is not None:
-        mask = "window"
-    else:
-        mask = "full" if problem.window_right is None else "causal"
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return config.forward(path, arch, dtype, config.bucket(problem.head_dim), mask)
+    score = "_".join(name for name, on in (("softcap", problem.softcap), ("alibi", problem.alibi)) if on)
+    page = 0
+    if problem.page_size:
+        page = next((size for size in config.SM90_PAGES if problem.page_size % size == 0), 1)
+        if page == 1 or problem.left_padded:  # TMA copies whole pieces of pages
+            path = "sm80"
+        if path == "sm80":
+            page = 1
+    return config.forward(
+        path,
+        arch,
+        str(problem.dtype).removeprefix("torch."),
+        config.bucket(problem.head_dim),
+        mask_kind(problem),
+        score=score or "plain",
+        ragged=problem.ragged,
+        page=page,
+    )
 
 
 def check_supported(problem: Problem) -> None:
@@ -168,14 +279,23 @@ def check_supported(problem: Problem) -> None:
             f"q: the GPU kernels take float16 and bfloat16, not {problem.dtype}; "
             "MINI_FLASH_ATTENTION_BACKEND=cpu takes it"
         )
+    if problem.dropout_p > 0:
+        raise NotImplementedError(
+            "dropout_p is not implemented on the GPU yet; MINI_FLASH_ATTENTION_BACKEND=cpu has it"
+        )
+
+
+def check_gradients_supported(problem: Problem) -> None:
+    """The same for the backward pass."""
     for name, wanted in (
-        ("dropout_p", problem.dropout_p > 0),
         ("softcap", problem.softcap > 0),
         ("alibi_slopes", problem.alibi),
+        ("cu_seqlens_q", problem.ragged),
     ):
         if wanted:
             raise NotImplementedError(
-                f"{name} is not implemented on the GPU yet; MINI_FLASH_ATTENTION_BACKEND=cpu has it"
+                f"{name}: gradients are not implemented on the GPU yet; "
+                "MINI_FLASH_ATTENTION_BACKEND=cpu has them"
             )
 
 
@@ -186,8 +306,8 @@ def swath(row: config.ForwardConfig, problem: Problem, num_sms: int) -> int:
     an SM) that the last swath's short tiles even out its long ones. The bounds were measured on an
     H100: docs/worklog.md.
     """
-    tiles = -(-problem.seqlen_q // row.tile_m)
-    heads = problem.batch * problem.heads_q
+    tiles = -(-problem.longest_q // row.tile_m)
+    heads = problem.heads_q * (1 if problem.ragged else problem.batch)  # ragged: of one sequence
     size = min(32, max(problem.head_dim // 8, round(4 * num_sms / tiles)))
     return -(-heads // max(1, round(heads / size)))
 
@@ -201,18 +321,64 @@ def ready(*tensors: Tensor) -> bool:
     return True
 
 
-def forward_copied(
-    plan: ForwardPlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor
+def forward_ragged(
+    plan: ForwardPlan,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    ragged: tuple | None,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Through copies: head dims padded to 8, strides that 16-byte loads can't follow, scales <= 0."""
+    """What is not a plain dense call: packed tensors, pages, and all that needs a copy."""
+    result = out
+    if problem.packed_q:
+        q, result = q.unsqueeze(0), None if out is None else out.unsqueeze(0)
+    if problem.packed_k:
+        k, v = k.unsqueeze(0), v.unsqueeze(0)
+    if plan.launch is None:
+        done, lse = empty_result(q)
+    else:
+        q, k, v = for_kernels(problem, q, k, v)
+        usable = result is not None and not problem.head_dim % ELEMENTS and ready(result)
+        done, lse = plan.run(q, k, v, alibi_slopes, ragged, result if usable else None)
+        if problem.head_dim % ELEMENTS:
+            done = done[..., : problem.head_dim].contiguous()
+    if result is not None and done is not result:
+        result.copy_(done)
+        done = result
+    if problem.packed_q:
+        done, lse = done.squeeze(0), lse.squeeze(0)
+    return done if out is None else out, lse
+
+
+def for_kernels(problem: Problem, q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as kernels can read them: copies for the sake of head dims, strides and scales <= 0."""
     if problem.softmax_scale <= 0:  # the kernels take the maximum before they scale
         q = q * -1.0 if problem.softmax_scale < 0 else torch.zeros_like(q)
-    padding = -problem.head_dim % ELEMENTS
+    tensors, padding = (q, *others), -problem.head_dim % ELEMENTS
     if padding:
-        q, k, v = (torch.nn.functional.pad(x, (0, padding)) for x in (q, k, v))
-    q, k, v = (x if ready(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-    out, lse = plan.run(q, k, v)
-    return (out[..., : problem.head_dim].contiguous() if padding else out), lse
+        tensors = (torch.nn.functional.pad(x, (0, padding)) for x in tensors)
+    return tuple(x if ready(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors)
+
+
+def ragged_arguments(problem: Problem, layout: Layout, keys: int, added: int) -> tuple:
+    """kernels/seqlen.py: Ragged.
+
+    keys: of each sequence, where no tensor tells; added: what this call has appended to them.
+    """
+    of_sequences = layout[:5]
+    unused = unused_counter(problem.device.index)
+    given = sum(1 << i for i, x in enumerate(of_sequences) if x is not None)
+    tensors = [unused if x is None else x for x in of_sequences]
+    table = unused.unsqueeze(0) if layout.block_table is None else layout.block_table
+    return *tensors, table, given, keys, added, problem.batch, problem.longest_q
+
+
+def slopes_of_batch(alibi_slopes: Tensor, batch: int) -> Tensor:
+    """(batch, heads), with stride 0 where the batch shares them."""
+    return alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes.expand(batch, -1)
 
 
 def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Which backend serves which device, and the limits that tiles must respect; no GPU is needed."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -7,10 +8,18 @@ import torch
 from error_rule import check_forward
 from torch import Tensor
 
-from mini_flash_attention import compile, config, dispatch, flash_attn_func, reference
+from mini_flash_attention import (
+    compile,
+    config,
+    dispatch,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    reference,
+)
 from mini_flash_attention.problem import Problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+NO_COUNTER = torch.zeros(2, dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +110,7 @@ class Kernel:
         self.tensors, self.rest = (q, k, v), rest
         for x in (q, k, v, out):
             assert x.shape[3] % 8 == 0 and dispatch.ready(x)
-        scale = rest[0]
+        scale, *_ = rest[0]
         assert scale > 0
         expected, expected_lse = reference.attention(q, k, v, softmax_scale=scale, dtype=torch.float32)
         out.copy_(expected)
@@ -117,7 +126,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(dispatch, "tile_counter", lambda device: "a counter")
-    monkeypatch.setattr(dispatch, "unused_counter", lambda device: "no counter")
+    monkeypatch.setattr(dispatch, "unused_counter", lambda device: NO_COUNTER)
     monkeypatch.setattr(dispatch, "forward_plan", dispatch.forward_plan.__wrapped__)
     return kernel
 
@@ -161,7 +170,7 @@ def test_only_what_cannot_be_read_in_place_is_copied(kernel: Kernel) -> None:
 
 def test_a_counter_is_drawn_from_only_by_more_tiles_than_sms(kernel: Kernel) -> None:
     check(kernel, *tensors(64, heads=2))  # 2 x 2 tiles, 4 SMs
-    assert kernel.rest[-1] == "no counter"
+    assert kernel.rest[-1] is NO_COUNTER
     check(kernel, *tensors(64, heads=3))
     assert kernel.rest[-1] == "a counter"
 
@@ -183,3 +192,45 @@ def test_windows_become_numbers(kernel: Kernel) -> None:
     ]:
         flash_attn_func(q, k, v, window_size=window_size, causal=causal)
         assert kernel.rest[1:3] == numbers
+
+
+def test_ragged_batches_are_told_by_flags(kernel: Kernel) -> None:
+    seen = []
+    kernel.__class__ = type("Recorder", (Kernel,), {"__call__": lambda self, *given: seen.append(given)})
+    q = torch.randn(30, 4, 64, dtype=torch.float16)
+    k, v = (torch.randn(50, 2, 64, dtype=torch.float16) for _ in range(2))
+    pages = torch.randn(7, 16, 2, 64, dtype=torch.float16)
+    cu_q, cu_k = (torch.tensor([0, 10, 30], dtype=torch.int32), torch.tensor([0, 25, 50], dtype=torch.int32))
+    used, table = torch.tensor([3, 4], dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
+    out = torch.empty_like(q)
+    flash_attn_varlen_func(q, k, v, cu_q, cu_k, 20, 25, causal=True)
+    flash_attn_varlen_func(q, k, v, cu_q, cu_k, torch.tensor(20), 25, seqused_k=used, out=out)
+    flash_attn_varlen_func(q, pages, pages, cu_q, None, 20, 25, seqused_k=used, block_table=table)
+    flags, tensors = [], []
+    for q4, _, _, out4, lse4, _, _, _, ragged, *_ in seen:
+        assert q4.shape == out4.shape == (1, 30, 4, 64) and lse4.shape == (1, 4, 30)
+        *given, flag, _, added, batch, longest = ragged
+        assert (batch, longest, added) == (2, 20, 0)
+        flags.append(flag)
+        tensors.append(given)
+    assert flags == [0b00011, 0b00111, 0b00101]
+    assert tensors[0][0] is cu_q and tensors[1][2] is used and tensors[2][5] is table
+    assert seen[1][3].data_ptr() == out.data_ptr()
+    assert seen[2][1].shape == (7, 16, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "left_padded", "expected"),
+    [
+        (256, False, ("fwd_sm90", 64)),
+        (80, False, ("fwd_sm90", 16)),
+        (8, False, ("fwd_sm90", 8)),
+        (12, False, ("fwd_sm80", 1)),
+        (1, False, ("fwd_sm80", 1)),
+        (64, True, ("fwd_sm80", 1)),
+    ],
+)
+def test_pages_choose_their_loads(page_size: int, left_padded: bool, expected: tuple[str, int]) -> None:
+    call = replace(problem(100, 1, 64), ragged=True, page_size=page_size, left_padded=left_padded)
+    row = dispatch.forward_config(call, "sm90", "sm_90a")
+    assert (row.kernel, row.page) == expected

@@ -1,11 +1,19 @@
 """Stand-ins for a kernel's arguments: what compilation may know of them. Numbers stay symbols."""
 
+import math
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from mini_flash_attention.config import ELEMENTS
+from mini_flash_attention.kernels.scores import Score
+from mini_flash_attention.kernels.seqlen import Ragged
+
+
+def element_type(config) -> type:
+    return getattr(cutlass, {"float16": "Float16", "bfloat16": "BFloat16"}[config.dtype])
 
 
 def attention_tensor(dtype: type, batch, seqlen, heads, head_dim) -> cute.Tensor:
@@ -15,14 +23,71 @@ def attention_tensor(dtype: type, batch, seqlen, heads, head_dim) -> cute.Tensor
 
 
 def forward(config) -> tuple:
-    """(q, k, v, o, lse, scale, window_left, window_right)."""
+    """(q, k, v, o, lse, score, window_left, window_right, ragged)."""
     dtype = getattr(cutlass, {"float16": "Float16", "bfloat16": "BFloat16"}[config.dtype])
     batch, seqlen_q, seqlen_k, heads_q, heads_k = (cute.sym_int() for _ in range(5))
     head_dim = cute.sym_int(divisibility=ELEMENTS)
+    batch_k = cute.sym_int() if config.ragged else batch
     q, o = (attention_tensor(dtype, batch, seqlen_q, heads_q, head_dim) for _ in range(2))
-    k, v = (attention_tensor(dtype, batch, seqlen_k, heads_k, head_dim) for _ in range(2))
+    k, v = (attention_tensor(dtype, batch_k, seqlen_k, heads_k, head_dim) for _ in range(2))
     lse = make_fake_compact_tensor(Float32, (batch, heads_q, seqlen_q), stride_order=(2, 1, 0))
-    return q, k, v, o, lse, Float32(1), Int32(1), Int32(1)
+    return q, k, v, o, lse, score(config), Int32(1), Int32(1), ragged() if config.ragged else None
+
+
+def backward(config) -> tuple:
+    """(q, k, v, o, do, lse, dlse, stats, dq_acc, dq, dk, dv), then (scale, has_dlse, window_left,
+    window_right, turns). stats, dq_acc and turns: bwd_delta.py.
+    """
+    dtype = element_type(config)
+    batch, seqlen_q, seqlen_k, heads_q, heads_k, m_blocks = (cute.sym_int() for _ in range(6))
+    head_dim = cute.sym_int(divisibility=ELEMENTS)
+    q, o, do, dq = (attention_tensor(dtype, batch, seqlen_q, heads_q, head_dim) for _ in range(4))
+    k, v, dk, dv = (attention_tensor(dtype, batch, seqlen_k, heads_k, head_dim) for _ in range(4))
+    rows, order = (batch, heads_q, seqlen_q), (2, 1, 0)
+    lse, dlse = (make_fake_compact_tensor(Float32, rows, stride_order=order) for _ in range(2))
+    stats = blocks((batch, heads_q, m_blocks), 2, config.tile_m)
+    dq_acc = blocks((batch, heads_q, m_blocks), config.tile_m * config.head_dim)
+    turns = make_fake_compact_tensor(Int32, tuple(cute.sym_int() for _ in range(3)), stride_order=order)
+    numbers = Float32(1), Int32(1), Int32(1), Int32(1)
+    return q, k, v, o, do, lse, dlse, stats, dq_acc, dq, dk, dv, *numbers, turns
+
+
+def blocks(count: tuple, *block: int) -> cute.Tensor:
+    """(batch, heads, m_blocks, *block) float32, contiguous, with 64-bit strides."""
+    batch, head = (cute.sym_int64(divisibility=ELEMENTS) for _ in range(2))
+    inner = tuple(math.prod(block[i:]) for i in range(len(block) + 1))  # strides
+    return make_fake_tensor(Float32, (*count, *block), stride=(batch, head, *inner), assumed_align=16)
+
+
+def score(config) -> Score:
+    softcap = Float32(1) if "softcap" in config.score else None
+    slopes = None
+    if "alibi" in config.score:
+        strides = cute.sym_int64(), cute.sym_int64()
+        slopes = make_fake_tensor(Float32, (cute.sym_int(), cute.sym_int()), stride=strides, assumed_align=4)
+    return Score(Float32(1), softcap, slopes)
+
+
+def ragged() -> Ragged:
+    def numbers(*stride) -> cute.Tensor:
+        shape = tuple(cute.sym_int() for _ in stride)
+        return make_fake_tensor(Int32, shape, stride=stride, assumed_align=4)
+
+    of_sequences = (numbers(1) for _ in range(5))
+    block_table = numbers(cute.sym_int64(), 1)
+    return Ragged(*of_sequences, block_table, *(Int32(1) for _ in range(5)))
+
+
+def rotary_tables(dtype: type) -> tuple[cute.Tensor, cute.Tensor]:
+    """cos and sin: (positions, rotary_dim / 2)."""
+    shape = cute.sym_int(), cute.sym_int(divisibility=ELEMENTS)
+    strides = cute.sym_int64(divisibility=ELEMENTS), 1
+    return tuple(make_fake_tensor(dtype, shape, stride=strides, assumed_align=16) for _ in range(2))
+
+
+def workspace() -> cute.Tensor:
+    """(n) float32."""
+    return make_fake_compact_tensor(Float32, (cute.sym_int64(),), assumed_align=16)
 
 
 def counter() -> cute.Tensor:

@@ -72,3 +72,24 @@ def walk(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right)
         free_end = smaller(free_end, start)
         free_first = smaller(free_first, free_end)
     return start, free_end, free_first, first
+
+
+def unmasked_queries(n_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
+    """The query blocks whose rows all see key block n_block whole; rows from seqlen_q on count as well."""
+    key = n_block * tile_n  # its first
+    diagonal = key + seqlen_q - seqlen_k  # the row on whose diagonal it lies
+    first, last = 0, ceil_div(seqlen_q, tile_m)
+    if window_right is not None:
+        first = ceil_div(larger(0, diagonal + tile_n - 1 - window_right), tile_m)
+    if window_left is not None:
+        last = smaller(last, larger(0, diagonal + window_left + 1) // tile_m)
+    last = last * smaller(1, larger(0, seqlen_k // tile_n - n_block))  # none if the keys end in the block
+    return smaller(first, last), last
+
+
+def in_swaths(tile, blocks, heads, swath):
+    """tile -> (block, head), of `blocks` blocks of each head: `swath` heads are walked together."""
+    s = tile // (swath * blocks)
+    width = smaller(swath, heads - s * swath)  # the last swath may be narrower
+    rest = tile - s * swath * blocks
+    return rest // width, s * swath + rest % width

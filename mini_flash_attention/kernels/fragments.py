@@ -87,3 +87,13 @@ def store_rows(acc: cute.Tensor, mO: cute.Tensor, rows: cute.Tensor, lane: Int32
             if rows[r] < mO.shape[0] and 8 * (4 * g + q) < mO.shape[1]:
                 gO = cute.local_tile(mO[rows[r], None], (8,), (4 * g + q,))  # (8)
                 cute.autovec_copy(cute.recast_tensor(out, acc.element_type), gO)
+
+
+@cute.jit
+def store_sequence(
+    acc: cute.Tensor, mO: cute.Tensor, rows: cute.Tensor, start: Int32, seqlen: Int32, lane: Int32
+):
+    """store_rows for a sequence that starts at row `start` of mO and has `seqlen` rows."""
+    for r in cutlass.range_constexpr(cute.size(rows)):
+        rows[r] = start + rows[r] if rows[r] < seqlen else mO.shape[0]
+    store_rows(acc, mO, rows, lane)

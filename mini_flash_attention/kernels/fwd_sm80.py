@@ -1,8 +1,10 @@
 """FlashAttention-2 forward (Dao 2023, arXiv 2307.08691) with cp.async, ldmatrix and mma.sync: SM80 on.
 
 q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), o (B, Sq, Hq, D), lse (B, Hq, Sq) float32; float16 or
-bfloat16, any strides with a unit last one. A thread block owns one tile: tile_m query rows of one
-head, 16 rows of each 16 * warps for a warp. It walks the keys from its last block to its first.
+bfloat16, any strides with a unit last one. Ragged batches lie in the same shapes: packed sequences
+follow each other in a batch of one, and k and v may be pages, (num_pages, page_size, Hkv, D).
+A thread block owns one tile: tile_m query rows of one head, 16 rows of each 16 * warps for a warp. It
+walks the keys from its last block to its first.
 """
 
 from typing import NamedTuple
@@ -20,14 +22,24 @@ from mini_flash_attention.kernels.fragments import (
     convert,
     rescale,
     rows_cols,
-    store_rows,
+    store_sequence,
 )
 from mini_flash_attention.kernels.mask import mask
-from mini_flash_attention.kernels.scheduler import num_tiles, tile_coords
-from mini_flash_attention.kernels.seqlen import Sizes
+from mini_flash_attention.kernels.scheduler import (
+    Tile,
+    is_tile,
+    num_tiles,
+    seek,
+    start_of_walk,
+    tile_at,
+    uniform,
+)
+from mini_flash_attention.kernels.scores import Score, scale_log2, transform
+from mini_flash_attention.kernels.seqlen import Ragged, Sizes, sizes_of
 from mini_flash_attention.kernels.sm80 import (
     Operand,
     gemm,
+    load_pages,
     load_tile,
     make_tiled_load,
     make_tiled_mma,
@@ -35,7 +47,7 @@ from mini_flash_attention.kernels.sm80 import (
     operand_A,
     operand_B,
 )
-from mini_flash_attention.kernels.softmax import LOG2_E, OnlineSoftmax
+from mini_flash_attention.kernels.softmax import OnlineSoftmax
 
 
 class Loader(NamedTuple):
@@ -47,7 +59,9 @@ class Loader(NamedTuple):
     sK: cute.Tensor  # (tile_n, d)
     sV: cute.Tensor  # (tile_n, d)
     batch: Int32
+    start: Int32 | None  # the sequence's first row; None: 0
     head: Int32
+    table: cute.Tensor | None  # (max_pages): the sequence's pages
     tidx: Int32
 
 
@@ -63,15 +77,25 @@ class Work(NamedTuple):
     acc_O: cute.Tensor  # ((2, 2), tile_m / (16 * warps), d / 8)
     coords: cute.Tensor  # (row, column) of each element of acc_S
     softmax: OnlineSoftmax
+    score: Score
+    slope: Float32 | None  # ALiBi's, of the tile's head
 
 
 @cute.jit
-def load_block(x: Loader, mX: cute.Tensor, sX: cute.Tensor, n_block: Int32, whole: cutlass.Constexpr):
+def load_block(
+    sizes: Sizes, x: Loader, mX: cute.Tensor, sX: cute.Tensor, n_block: Int32, whole: cutlass.Constexpr
+):
     """Start copying one block of keys or values; whole: it does not reach beyond the sequence."""
     tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
-    gX = cute.local_tile(mX[opaque(x.batch), None, opaque(x.head), None], tile, (n_block, 0))
-    rows = None if const_expr(whole) else mX.shape[1] - n_block * tile[0]
-    load_tile(x.copy, gX, sX, rows, mX.shape[3], x.tidx)
+    rows = None if const_expr(whole) else sizes.seqlen_k - n_block * tile[0]
+    if const_expr(x.table is None):
+        gX = mX[opaque(x.batch), None, opaque(x.head), None]  # (sk, d)
+        if const_expr(x.start is not None):
+            gX = cute.domain_offset((opaque(x.start), 0), gX)
+        load_tile(x.copy, cute.local_tile(gX, tile, (n_block, 0)), sX, rows, mX.shape[3], x.tidx)
+    else:
+        gX = mX[None, None, opaque(x.head), None]  # (num_pages, page_size, d)
+        load_pages(x.copy, gX, x.table, opaque(x.start) + n_block * tile[0], sX, rows, x.tidx)
     cute.arch.cp_async_commit_group()
 
 
@@ -94,6 +118,21 @@ def masked_end(config, sizes: Sizes, m_block: Int32) -> Int32:
 
 
 @cute.jit
+def score(config: cutlass.Constexpr, sizes: Sizes, w: Work, m_block: Int32, n_block: Int32):
+    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies."""
+    if const_expr(config.score != "plain"):
+        S, rc = rows_cols(w.acc_S), rows_cols(w.coords)
+        diagonal = m_block * config.tile_m + sizes.seqlen_k - sizes.seqlen_q - n_block * config.tile_n
+        slopes = cute.make_rmem_tensor(cute.size(S, mode=[0]), Float32)
+        distances = cute.make_rmem_tensor(cute.size(S, mode=[0]), Int32)
+        for r in cutlass.range_constexpr(cute.size(distances)):
+            distances[r] = diagonal + rc[r, 0][0] - rc[r, 0][1]
+            if const_expr(w.slope is not None):
+                slopes[r] = w.slope
+        transform(config, w.score, S, slopes, distances)
+
+
+@cute.jit
 def step(
     config: cutlass.Constexpr,
     sizes: Sizes,
@@ -105,12 +144,13 @@ def step(
 ):
     """S = Q·Kᵀ of one block, softmax, O += P·V."""
     arrive()  # K[n] is here, and nobody reads V[n + 1] any more
-    load_block(x, x.mV, x.sV, n_block, not masked)
+    load_block(sizes, x, x.mV, x.sV, n_block, not masked)
     w.acc_S.fill(0.0)
     gemm(w.tiled_mma, w.acc_S, w.q, w.k, x.tidx)
     arrive()  # V[n] is here, and nobody reads K[n] any more
     if n_block > key_walk(config, sizes, m_block)[3]:
-        load_block(x, x.mK, x.sK, n_block - 1, True)
+        load_block(sizes, x, x.mK, x.sK, n_block - 1, True)
+    score(config, sizes, w, opaque(m_block), n_block)
     if const_expr(masked):
         mask(config, sizes, w.acc_S, w.coords, opaque(m_block), n_block)
     w.softmax.renew(w.acc_S, w.acc_O, w.softmax.row_sum, masked)
@@ -121,48 +161,50 @@ def step(
 @cute.jit
 def store_O(
     config: cutlass.Constexpr,
+    sizes: Sizes,
     w: Work,
     mO: cute.Tensor,
     mLSE: cute.Tensor,
-    m_block: Int32,
+    tile: Tile,
     lane: Int32,
 ):
-    """Normalise O, store it and the log-sum-exp. mO (seqlen_q, d), mLSE (seqlen_q)."""
+    """Normalise O, store it and the log-sum-exp. mO (b, sq, h, d), mLSE (b, h, sq)."""
     w.softmax.finish()
     rescale(w.acc_O, w.softmax.row_sum)
     O = cute.make_rmem_tensor(w.acc_O.shape, mO.element_type)
     convert(w.acc_O, O)
+    batch, start = tile.q_rows
     rc = rows_cols(w.coords)
     rows = cute.make_rmem_tensor(cute.size(w.softmax.offset), Int32)
     for r in cutlass.range_constexpr(cute.size(rows)):
-        rows[r] = m_block * config.tile_m + rc[r, 0][0]
-        if lane % 4 == 0 and rows[r] < mLSE.shape[0]:
-            mLSE[rows[r]] = w.softmax.offset[r]
-    store_rows(O, mO, rows, lane)
+        rows[r] = tile.m_block * config.tile_m + rc[r, 0][0]
+        if lane % 4 == 0 and rows[r] < sizes.seqlen_q:
+            mLSE[batch, tile.head, start + rows[r]] = w.softmax.offset[r]
+    store_sequence(O, mO[batch, None, tile.head, None], rows, start, sizes.seqlen_q, lane)
 
 
-@cute.kernel
-def kernel(
+@cute.jit
+def attend(
     config: cutlass.Constexpr,
-    sizes: Sizes,
+    all_sizes: Sizes,
     swath: Int32,
+    number: Int32,
+    tile: Tile,
+    ragged: Ragged | None,
+    score: Score,
     mQ: cute.Tensor,
     mK: cute.Tensor,
     mV: cute.Tensor,
     mO: cute.Tensor,
     mLSE: cute.Tensor,
-    scale_log2: Float32,
     tiled_mma: cute.TiledMma,
     tiled_load: cute.TiledCopy,
     sQ_layout: cute.ComposedLayout,
     sKV_layout: cute.ComposedLayout,
 ):
+    """One tile."""
     tidx, _, _ = cute.arch.thread_idx()
-    tile, _, _ = cute.arch.block_idx()
-    # The same in all lanes: said for the compiler, which keeps what follows in uniform registers.
-    m_block, head, batch = (cute.arch.make_warp_uniform(x) for x in tile_coords(config, sizes, swath, tile))
-    head_kv = head // sizes.group
-
+    sizes, m_block = tile.sizes(all_sizes), tile.m_block
     smem = SmemAllocator()
     dtype = mQ.element_type
     sQ = smem.allocate_tensor(dtype, sQ_layout.outer, 1024, swizzle=sQ_layout.inner)[None, None, 0]
@@ -170,8 +212,12 @@ def kernel(
     sV = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)[None, None, 0]
     sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0]))  # (d, tile_n)
     tile_q = (config.tile_m, config.head_dim)
-    gQ = cute.local_tile(mQ[batch, None, head, None], tile_q, (m_block, 0))  # (tile_m, d)
-    x = Loader(tiled_load, mK, mV, sK, sV, batch, head_kv, tidx)
+    (batch_q, start_q), (batch_k, start_k) = tile.q_rows, tile.k_rows
+    gQ = cute.domain_offset((start_q, 0), mQ[batch_q, None, tile.head, None])  # (sq, d)
+    gQ = cute.local_tile(gQ, tile_q, (m_block, 0))  # (tile_m, d)
+    start_k = None if ragged is None else start_k
+    table = ragged.block_table[batch_k, None] if config.page else None
+    x = Loader(tiled_load, mK, mV, sK, sV, batch_k, start_k, tile.head // sizes.group, table, tidx)
 
     thr_mma = tiled_mma.get_slice(tidx)
     acc_S = cute.make_rmem_tensor(thr_mma.partition_shape_C((config.tile_m, config.tile_n)), Float32)
@@ -189,12 +235,14 @@ def kernel(
         acc_S,
         acc_O,
         coords,
-        OnlineSoftmax(offset, row_sum, scale_log2),
+        OnlineSoftmax(offset, row_sum, scale_log2(config, score)),
+        score,
+        score.slopes[tile.batch, tile.head] if "alibi" in config.score else None,
     )
 
     n_block = key_walk(config, sizes, m_block)[0]
     load_tile(tiled_load, gQ, sQ, sizes.seqlen_q - m_block * config.tile_m, mQ.shape[3], tidx)
-    load_block(x, mK, sK, n_block, False)
+    load_block(sizes, x, mK, sK, n_block, False)
     acc_O.fill(0.0)
     offset.fill(-Float32.inf)
     row_sum.fill(0.0)
@@ -208,8 +256,37 @@ def kernel(
         while n_block >= key_walk(config, sizes, m_block)[3]:
             step(config, sizes, x, w, m_block, n_block, True)
             n_block -= 1
-    m_block, head, batch = tile_coords(config, sizes, swath, opaque(tile))
-    store_O(config, w, mO[batch, None, head, None], mLSE[batch, head, None], m_block, tidx % 32)
+    if const_expr(ragged is None):  # worked out anew: kept, it would spill
+        tile = tile_at(config, sizes, swath, ragged, None, opaque(number))
+    store_O(config, sizes, w, mO, mLSE, tile, tidx % 32)
+
+
+@cute.kernel
+def kernel(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    swath: Int32,
+    ragged: Ragged | None,
+    score: Score,
+    mQ: cute.Tensor,
+    mK: cute.Tensor,
+    mV: cute.Tensor,
+    mO: cute.Tensor,
+    mLSE: cute.Tensor,
+    tiled_mma: cute.TiledMma,
+    tiled_load: cute.TiledCopy,
+    sQ_layout: cute.ComposedLayout,
+    sKV_layout: cute.ComposedLayout,
+):
+    number, _, _ = cute.arch.block_idx()
+    tensors, layouts = (mQ, mK, mV, mO, mLSE), (tiled_mma, tiled_load, sQ_layout, sKV_layout)
+    place = seek(config, sizes, ragged, start_of_walk(ragged), number)
+    if const_expr(ragged is None):  # noqa: SIM114, only one of the conditions is known to the compiler
+        tile = uniform(tile_at(config, sizes, swath, ragged, place, number))
+        attend(config, sizes, swath, number, tile, ragged, score, *tensors, *layouts)
+    elif is_tile(config, sizes, ragged, place, number):
+        tile = uniform(tile_at(config, sizes, swath, ragged, place, number))
+        attend(config, sizes, swath, number, tile, ragged, score, *tensors, *layouts)
 
 
 kernel.set_name_prefix("mfa_fwd_sm80", remove_cutlass_symbol=True)
@@ -222,9 +299,10 @@ def launch(
     mV: cute.Tensor,
     mO: cute.Tensor,
     mLSE: cute.Tensor,
-    scale: Float32,
+    score: Score,
     window_left: Int32,
     window_right: Int32,
+    ragged: Ragged | None,
     swath: Int32,
     config: cutlass.Constexpr,
     stream,
@@ -234,25 +312,24 @@ def launch(
     mnk = (config.tile_m, config.tile_n, config.head_dim)
     sQ_layout = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, mnk, dtype, 1)
     sKV_layout = hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, mnk, dtype, 1)
-    batch, seqlen_q, heads, _ = mQ.shape
-    group = heads // mK.shape[2]
-    sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
+    sizes = sizes_of(config, mQ, mK, window_left, window_right, ragged)
     kernel(
         config,
         sizes,
         swath,
+        ragged,
+        score,
         mQ,
         mK,
         mV,
         mO,
         mLSE,
-        scale * Float32(LOG2_E),
         make_tiled_mma(dtype, config.warps),
         make_tiled_load(dtype, 32 * config.warps, config.head_dim),
         sQ_layout,
         sKV_layout,
     ).launch(
-        grid=(num_tiles(config, sizes), 1, 1),
+        grid=(num_tiles(config, sizes, ragged), 1, 1),
         block=(32 * config.warps, 1, 1),
         stream=stream,
     )

@@ -3,9 +3,11 @@
 One persistent thread block runs on each SM.
 
 q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), o (B, Sq, Hq, D), lse (B, Hq, Sq) float32; float16 or
-bfloat16, any strides with a unit last one. A tile is tile_m query rows of one head; each WG owns 64 of
-them and walks the keys from the tile's last block to its first. The design is FlashAttention-3's (Shah
-et al. 2024, arXiv 2407.08608), its softmax is not: blocks without a mask compute no maximum (see step).
+bfloat16, any strides with a unit last one. Ragged batches lie in the same shapes: packed sequences
+follow each other in a batch of one, and k and v may be pages, (num_pages, page_size, Hkv, D).
+A tile is tile_m query rows of one head; each WG owns 64 of them and walks the keys from the tile's last
+block to its first. The design is FlashAttention-3's (Shah et al. 2024, arXiv 2407.08608), its softmax
+is not: blocks without a mask compute no maximum (see step).
 """
 
 from typing import NamedTuple
@@ -25,23 +27,36 @@ from mini_flash_attention.kernels.fragments import (
     convert,
     rescale,
     rows_cols,
-    store_rows,
+    store_sequence,
 )
 from mini_flash_attention.kernels.mask import mask
-from mini_flash_attention.kernels.scheduler import Schedule, num_tiles, tile_coords
-from mini_flash_attention.kernels.seqlen import Sizes
+from mini_flash_attention.kernels.scheduler import (
+    Schedule,
+    Tile,
+    is_tile,
+    num_tiles,
+    seek,
+    start_of_walk,
+    tile_at,
+)
+from mini_flash_attention.kernels.scores import Score, scale_log2, transform
+from mini_flash_attention.kernels.seqlen import CU_SEQLENS_Q, Keys, Queries, Ragged, Sizes, sizes_of
 from mini_flash_attention.kernels.sm90 import (
+    Pieces,
     Ring,
     Tma,
     all_true,
     init_rings,
     load,
+    load_pages,
+    look_up,
     make_ring,
     make_tma,
     release,
     wgmma,
+    zero_rows,
 )
-from mini_flash_attention.kernels.softmax import LOG2_E, OnlineSoftmax
+from mini_flash_attention.kernels.softmax import OnlineSoftmax
 
 
 class Shared(NamedTuple):
@@ -50,7 +65,7 @@ class Shared(NamedTuple):
     sQ: cute.Tensor  # (tile_m, d, q_stages), later O
     sK: cute.Tensor  # (tile_n, d, stages)
     sV: cute.Tensor  # (tile_n, d, stages)
-    sTile: cute.Tensor  # (m_block | head | batch, 2); m_block -1: no more tiles
+    sTile: cute.Tensor  # (what announce writes, 2)
     q_ring: Ring
     k_ring: Ring
     v_ring: Ring
@@ -58,50 +73,103 @@ class Shared(NamedTuple):
 
 
 @cute.jit
-def produce(config: cutlass.Constexpr, sizes: Sizes, schedule: Schedule, q: Tma, k: Tma, v: Tma, s: Shared):
+def produce(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    schedule: Schedule,
+    ragged: Ragged | None,
+    q: Tma,
+    k: Tma,
+    v: Tma,
+    s: Shared,
+):
     """The producer warp: draw tiles, tell the consumers, load Q, K and V."""
     lane = cute.arch.lane_idx()
     grid, _, _ = cute.arch.grid_dim()
-    tile, _, _ = cute.arch.block_idx()
-    total = num_tiles(config, sizes)
+    number, _, _ = cute.arch.block_idx()
+    total = num_tiles(config, sizes, ragged)
+    place = seek(config, sizes, ragged, start_of_walk(ragged), number)
     it, t = Int32(0), Int32(0)  # key blocks and tiles so far
     has_Q = Boolean(False)  # this tile's Q is on its way
-    while tile < total:
-        m_block, head, batch = tile_coords(config, sizes, schedule.swath, tile)
-        head_kv = head // sizes.group
+    while is_tile(config, sizes, ragged, place, number):
+        tile = tile_at(config, sizes, schedule.swath, ragged, place, number)
         drawn = Int32(0)
         s.t_ring.wait_empty(t)  # the consumers have read what this slot said two tiles ago
         if lane == 0:
-            announce(s, t, m_block, head, batch)
+            announce(s, t, tile)
             if total > grid:  # else each thread block has one tile, and there is no counter
                 drawn = draw(schedule.counter)
-        start, _, _, first = sizes.walk(config, m_block)
-        load(k, start, head_kv, batch, s.sK, s.k_ring, it)
+        start, _, _, first = tile.sizes(sizes).walk(config, tile.m_block)
+        pieces = look_up_keys(config, ragged, tile, k, start)
+        ahead = look_up_keys(config, ragged, tile, k, start - 1)
+        load_keys(config, sizes, tile, pieces, k, start, s.sK, s.k_ring, it)
         if not has_Q:
-            load(q, m_block, head, batch, s.sQ, s.q_ring, t)
+            load_Q_tile(tile, q, s, t)
         has_Q = Boolean(False)
-        tile = grid + cute.arch.shuffle_sync(drawn, 0)
+        number = grid + cute.arch.shuffle_sync(drawn, 0)
+        place_next = place
         for i in cutlass.range(start - first, unroll=1):  # K a block ahead of V, as needed
-            load(k, start - 1 - i, head_kv, batch, s.sK, s.k_ring, it + 1)
-            load(v, start - i, head_kv, batch, s.sV, s.v_ring, it)
+            load_keys(config, sizes, tile, ahead, k, start - 1 - i, s.sK, s.k_ring, it + 1)
+            load_keys(config, sizes, tile, pieces, v, start - i, s.sV, s.v_ring, it)
+            pieces, ahead = ahead, look_up_keys(config, ragged, tile, k, start - 2 - i)
             it += 1
-            if const_expr(config.q_stages == 2):
-                # K's slots have all been asked for. Not earlier: this load waits until the previous O has
-                # left its slot, and K and V would wait behind it.
-                if i == config.stages - 2 and tile < total:
-                    m_next, head_next, batch_next = tile_coords(config, sizes, schedule.swath, tile)
-                    load(q, m_next, head_next, batch_next, s.sQ, s.q_ring, t + 1)
-                    has_Q = Boolean(True)
-        load(v, cutlass.min(start, first), head_kv, batch, s.sV, s.v_ring, it)
+            # K's slots have all been asked for. Not earlier: the load of Q waits until the previous O has
+            # left its slot, and K and V would wait behind it.
+            if i == config.stages - 2:
+                place_next = seek(config, sizes, ragged, place, number)
+                if const_expr(config.q_stages == 2):
+                    if is_tile(config, sizes, ragged, place_next, number):
+                        tile_next = tile_at(config, sizes, schedule.swath, ragged, place_next, number)
+                        load_Q_tile(tile_next, q, s, t + 1)
+                        has_Q = Boolean(True)
+        load_keys(config, sizes, tile, pieces, v, cutlass.min(start, first), s.sV, s.v_ring, it)
+        place = seek(config, sizes, ragged, place_next, number)
         it += 1
         t += 1
     s.t_ring.wait_empty(t)
     if lane == 0:
-        announce(s, t, Int32(-1), Int32(0), Int32(0))
+        announce(s, t, Tile(Int32(-1), Int32(0), Int32(0)))
         if total > grid:
             finished = draw(schedule.counter + 1)
             if finished == grid - 1:  # nobody draws any more: zero for the next launch
                 schedule.counter[0], schedule.counter[1] = Int32(0), Int32(0)
+
+
+@cute.jit
+def load_Q_tile(tile: Tile, q: Tma, s: Shared, t: Int32):
+    batch, start = tile.q_rows
+    load(q, start, tile.m_block, tile.head, batch, s.sQ, s.q_ring, t)
+
+
+@cute.jit
+def look_up_keys(config: cutlass.Constexpr, ragged: Ragged | None, tile: Tile, k: Tma, n_block: Int32):
+    """Where a block of a tile's keys lies, if it lies in pages; ahead of the loads, which would wait."""
+    pieces = None
+    if const_expr(config.page > 0):
+        table, page_size = ragged.block_table[tile.k.batch, None], k.tensor.shape[0]
+        pieces = look_up(config.piece, config.tile_n, table, page_size, tile.k.seqlen, n_block)
+    return pieces
+
+
+@cute.jit
+def load_keys(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    tile: Tile,
+    pieces: Pieces | None,
+    x: Tma,
+    n_block: Int32,
+    sX: cute.Tensor,
+    ring: Ring,
+    i: Int32,
+):
+    """Load one block of keys or values into use i of its ring."""
+    head = tile.head // sizes.group
+    if const_expr(config.page > 0):
+        load_pages(x, config.piece, pieces, head, sX, ring, i)
+    else:
+        batch, start = tile.k_rows
+        load(x, start, n_block, head, batch, sX, ring, i)
 
 
 @cute.jit
@@ -111,22 +179,30 @@ def draw(counter: cute.Pointer) -> Int32:
 
 
 @cute.jit
-def announce(s: Shared, t: Int32, m_block: Int32, head: Int32, batch: Int32):
-    """Tell the consumers which tile is their t-th."""
+def announce(s: Shared, t: Int32, tile: Tile):
+    """Tell the consumers which tile is their t-th; m_block -1: there are no more."""
     slot = s.t_ring.slot(t)
-    s.sTile[0, slot], s.sTile[1, slot], s.sTile[2, slot] = m_block, head, batch
+    s.sTile[0, slot], s.sTile[1, slot], s.sTile[2, slot] = tile.m_block, tile.head, tile.batch
+    if const_expr(tile.q is not None):
+        s.sTile[3, slot], s.sTile[4, slot], s.sTile[5, slot] = tile.q.start, tile.q.seqlen, tile.k.seqlen
     cute.arch.mbarrier_arrive(s.t_ring.full + slot)
 
 
 @cute.jit
-def read_tile(s: Shared, t: Int32, lane: Int32):
-    """(m_block, head, batch) of the consumers' t-th tile."""
+def read_tile(s: Shared, ragged: Ragged | None, t: Int32, lane: Int32) -> Tile:
+    """The consumers' t-th tile."""
     s.t_ring.wait_full(t)
     slot = s.t_ring.slot(t)
     # make_warp_uniform is a shuffle: all lanes have read before lane 0 releases the slot.
-    m_block, head, batch = (cute.arch.make_warp_uniform(s.sTile[i, slot]) for i in range(3))
+    numbers = [cute.arch.make_warp_uniform(s.sTile[i, slot]) for i in range(cute.size(s.sTile, mode=[0]))]
     release(s.t_ring, t, lane)
-    return m_block, head, batch
+    if const_expr(ragged is None):
+        return Tile(*numbers)
+    m_block, head, batch, start, seqlen_q, seqlen_k = numbers
+    row = batch
+    if ragged.given & CU_SEQLENS_Q:
+        row = Int32(0)
+    return Tile(m_block, head, batch, Queries(row, start, seqlen_q), Keys(Int32(0), Int32(0), seqlen_k))
 
 
 class Work(NamedTuple):
@@ -146,6 +222,8 @@ class Work(NamedTuple):
     sums: cute.Tensor  # of one block's rows
     coords: cute.Tensor  # (row, column) of each element of acc_S
     softmax: OnlineSoftmax
+    score: Score
+    slopes: cute.Tensor  # ALiBi's, of the thread's rows
 
 
 @cute.jit
@@ -180,6 +258,17 @@ def issue_O(s: Shared, w: Work, it: Int32):
 
 
 @cute.jit
+def score(config: cutlass.Constexpr, sizes: Sizes, w: Work, m_block: Int32, n_block: Int32):
+    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies."""
+    if const_expr(config.score != "plain"):
+        diagonal = m_block * config.tile_m + sizes.seqlen_k - sizes.seqlen_q - n_block * config.tile_n
+        distances = cute.make_rmem_tensor(2, Int32)
+        for r in cutlass.range_constexpr(2):
+            distances[r] = diagonal + w.coords[0][0] + 8 * r - w.coords[0][1]
+        transform(config, w.score, rows_cols(w.acc_S), w.slopes, distances)
+
+
+@cute.jit
 def step(
     config: cutlass.Constexpr,
     sizes: Sizes,
@@ -204,6 +293,7 @@ def step(
     issue_O(s, w, it)
     next_turn(config, w.wg)
     warpgroup.wait_group(1)  # S is there; P·V runs on
+    score(config, sizes, w, m_block, n_block)
     w.sums.fill(0.0)
     ok = Boolean(True)
     if const_expr(masked):
@@ -218,6 +308,7 @@ def step(
         if not ok:
             issue_S(config, s, w, t, it + 1)
             warpgroup.wait_group(0)
+            score(config, sizes, w, m_block, n_block)
             w.sums.fill(0.0)
             w.softmax.renew(w.acc_S, w.acc_O, w.sums, False)
         release(s.k_ring, it + 1, w.lane)
@@ -280,10 +371,19 @@ def load_Q(config: cutlass.Constexpr, s: Shared, w: Work, t: Int32):
 
 
 @cute.jit
-def first_S(config: cutlass.Constexpr, s: Shared, w: Work, t: Int32, it: Int32):
-    """S of a tile's first block, where no other product can be issued with it."""
+def wait_for_S(s: Shared, t: Int32, it: Int32):
+    """The Q of tile t and the K of ring use it are there."""
     s.q_ring.wait_full(t)
     s.k_ring.wait_full(it)
+
+
+@cute.jit
+def first_S(config: cutlass.Constexpr, s: Shared, w: Work, tile: Tile, t: Int32, it: Int32):
+    """S of a tile's first block, where no other product can be issued with it."""
+    if const_expr(tile.q is None):  # noqa: SIM114, only one of the conditions is known to the compiler
+        wait_for_S(s, t, it)
+    elif tile.m_block >= 0:  # a ragged batch may have fewer tiles than there are thread blocks
+        wait_for_S(s, t, it)
     load_Q(config, s, w, t)
     issue_S(config, s, w, t, it)
     warpgroup.wait_group(0)
@@ -293,7 +393,8 @@ def first_S(config: cutlass.Constexpr, s: Shared, w: Work, t: Int32, it: Int32):
 @cute.jit
 def consume(
     config: cutlass.Constexpr,
-    sizes: Sizes,
+    all_sizes: Sizes,
+    ragged: Ragged | None,
     s: Shared,
     w: Work,
     o: Tma,
@@ -305,18 +406,24 @@ def consume(
         if w.wg == config.wgs - 1:  # WG 0 begins
             cute.arch.barrier_arrive(barrier_id=1, number_of_threads=256)
     t, it = Int32(0), Int32(0)  # tiles and key blocks so far
-    m_block, head, batch = read_tile(s, t, w.lane)
+    tile = read_tile(s, ragged, t, w.lane)
     if const_expr(config.q_stages == 2):
-        first_S(config, s, w, t, it)
-    while m_block >= 0:
+        first_S(config, s, w, tile, t, it)
+    while tile.m_block >= 0:
         if const_expr(config.q_stages == 1):
-            first_S(config, s, w, t, it)
+            first_S(config, s, w, tile, t, it)
+        sizes, m_block = tile.sizes(all_sizes), tile.m_block
         ends = start, free_end, _, _ = sizes.walk(config, m_block)
+        if const_expr("alibi" in config.score):
+            w.slopes.fill(w.score.slopes[tile.batch, tile.head])
+        score(config, sizes, w, m_block, start)
         if start >= free_end:  # else every row sees it whole
             mask(config, sizes, w.acc_S, w.coords, m_block, start)
         w.softmax.first(w.acc_S)
         convert(as_operand_A(w.acc_S), w.P)
         w.acc_O.fill(0.0)
+        if const_expr(ragged is not None):
+            clear_beyond(config, sizes, s, w, it, start)
         if const_expr(config.q_stages == 2):
             if t > 0:  # the previous O has left its slot: the producer may load Q into it
                 if w.lane == 0:
@@ -326,13 +433,13 @@ def consume(
         it = later_blocks(config, sizes, s, w, t, it, m_block, ends)
         if const_expr(config.q_stages == 1):
             release(s.q_ring, t, w.lane)
-        m_next, head_next, batch_next = read_tile(s, t + 1, w.lane)
-        # After the last tile there is no Q or K to wait for: S is made of what lies in the slots, nobody
-        # reads it, and the release of K below has no load before it, since the producer has finished.
+        tile_next = read_tile(s, ragged, t + 1, w.lane)
+        # After the last tile there is no Q or K to wait for (nor before the first, if there is none): S is
+        # made of what lies in the slots, nobody reads it, and the release of K has no load before it, since
+        # the producer has finished.
         if const_expr(config.q_stages == 2):
-            if m_next >= 0:
-                s.q_ring.wait_full(t + 1)
-                s.k_ring.wait_full(it + 1)
+            if tile_next.m_block >= 0:
+                wait_for_S(s, t + 1, it + 1)
             load_Q(config, s, w, t + 1)
         s.v_ring.wait_full(it)
         my_turn(config, w.wg)
@@ -345,12 +452,24 @@ def consume(
         release(s.v_ring, it, w.lane)
         if const_expr(config.q_stages == 2):
             release(s.k_ring, it + 1, w.lane)
-        store(config, sizes, s, w, t, o, mO, mLSE, (m_block, head, batch))
+        store(config, sizes, s, w, t, o, mO, mLSE, tile)
         t += 1
         it += 1
-        m_block, head, batch = m_next, head_next, batch_next
+        tile = tile_next
     if w.lane == 0:  # the last O has left shared memory before the thread block ends
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+@cute.jit
+def clear_beyond(config: cutlass.Constexpr, sizes: Sizes, s: Shared, w: Work, it: Int32, n_block: Int32):
+    """Zero the values beyond the sequence: other sequences' or nobody's, perhaps NaN, and 0 · NaN is NaN.
+
+    Each WG for itself, though all write the same zeros: named barrier 8 + w.
+    """
+    valid = sizes.seqlen_k - n_block * config.tile_n
+    if valid < config.tile_n:
+        s.v_ring.wait_full(it)
+        zero_rows(s.sV[None, None, s.v_ring.slot(it)], valid, w.tidx % 128, 8 + w.wg)
 
 
 @cute.jit
@@ -363,39 +482,64 @@ def store(
     o: Tma,
     mO: cute.Tensor,
     mLSE: cute.Tensor,
-    tile: tuple[Int32, Int32, Int32],
+    tile: Tile,
 ):
     """Normalise O and store it and the log-sum-exp; softmax.finish() has run."""
-    m_block, head, batch = tile
+    batch, start = tile.q_rows
     rescale(w.acc_O, w.softmax.row_sum)
     O = cute.make_rmem_tensor(w.acc_O.shape, mO.element_type)
     convert(w.acc_O, O)
     rows = cute.make_rmem_tensor(2, Int32)
     for r in cutlass.range_constexpr(2):
-        rows[r] = m_block * config.tile_m + w.coords[0][0] + 8 * r
+        rows[r] = tile.m_block * config.tile_m + w.coords[0][0] + 8 * r
         if w.lane % 4 == 0 and rows[r] < sizes.seqlen_q:
-            mLSE[batch, head, rows[r]] = w.softmax.offset[r]
+            mLSE[batch, tile.head, start + rows[r]] = w.softmax.offset[r]
+    warp_idx = cute.arch.make_warp_uniform(w.tidx // 32)
+    row_block = tile.m_block * (config.tile_m // 16) + warp_idx
     if const_expr(config.q_stages == 1):
-        store_rows(O, mO[batch, None, head, None], rows, w.lane)
-    else:  # over this warp's 16 rows of Q: its products alone read them, and step or first_S waited for it
-        sO = s.sQ[None, None, s.q_ring.slot(t)]
-        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), mO.element_type)
-        thr_store = cute.make_tiled_copy_C(atom, w.pv).get_slice(w.tidx)
-        cute.copy(atom, thr_store.retile(O), thr_store.partition_D(sO))
-        cute.arch.fence_view_async_shared()  # this warp's stores, before the TMA unit reads them
-        cute.arch.sync_warp()
-        block = (16, config.head_dim)
-        warp_idx = cute.arch.make_warp_uniform(w.tidx // 32)
-        row_block = m_block * (config.tile_m // 16) + warp_idx
-        gO = cute.local_tile(o.tensor[None, None, head, batch], block, (row_block, 0))  # (16, d)
-        sO = cute.local_tile(sO, block, (warp_idx, 0))  # (16, d)
-        if w.lane == 0:
-            block_copy(o.atom, cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2))
-            cute.arch.cp_async_bulk_commit_group()
+        store_sequence(O, mO[batch, None, tile.head, None], rows, start, sizes.seqlen_q, w.lane)
+    elif const_expr(tile.q is None):  # noqa: SIM114, only one of the conditions is known to the compiler
+        store_bulk(config, s, w, t, o, O, warp_idx, row_block, tile)
+    elif 16 * row_block + 16 <= sizes.seqlen_q:
+        store_bulk(config, s, w, t, o, O, warp_idx, row_block, tile)
+    else:  # the next sequence's rows follow
+        store_sequence(O, mO[batch, None, tile.head, None], rows, start, sizes.seqlen_q, w.lane)
+
+
+@cute.jit
+def store_bulk(
+    config: cutlass.Constexpr,
+    s: Shared,
+    w: Work,
+    t: Int32,
+    o: Tma,
+    O: cute.Tensor,
+    warp_idx: Int32,
+    row_block: Int32,
+    tile: Tile,
+):
+    """Store this warp's 16 rows of O by TMA, through shared memory.
+
+    They go over its rows of Q: its products alone read those, and step or first_S waited for them.
+    """
+    batch, start = tile.q_rows
+    sO = s.sQ[None, None, s.q_ring.slot(t)]
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), O.element_type)
+    thr_store = cute.make_tiled_copy_C(atom, w.pv).get_slice(w.tidx)
+    cute.copy(atom, thr_store.retile(O), thr_store.partition_D(sO))
+    cute.arch.fence_view_async_shared()  # this warp's stores, before the TMA unit reads them
+    cute.arch.sync_warp()
+    block = (16, config.head_dim)
+    gO = cute.domain_offset((start, 0), o.tensor[None, None, tile.head, batch])  # (S, D)
+    gO = cute.local_tile(gO, block, (row_block, 0))  # (16, d)
+    sO = cute.local_tile(sO, block, (warp_idx, 0))  # (16, d)
+    if w.lane == 0:
+        block_copy(o.atom, cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2))
+        cute.arch.cp_async_bulk_commit_group()
 
 
 def make_work(
-    config, s: Shared, tiled_mma_qk: cute.TiledMma, tiled_mma_pv: cute.TiledMma, scale_log2: Float32
+    config, s: Shared, tiled_mma_qk: cute.TiledMma, tiled_mma_pv: cute.TiledMma, score: Score
 ) -> Work:
     tidx = cute.arch.thread_idx()[0] - 128
     wg = cute.arch.make_warp_uniform(tidx // 128)
@@ -411,7 +555,7 @@ def make_work(
         tSrQ = wg_qk.make_fragment_A(wg_qk.partition_A(s.sQ))
     # (d, tile_n, stages)
     sVt = cute.make_tensor(s.sV.iterator, cute.select(s.sV.layout, mode=[1, 0, 2]))
-    offset, row_sum, sums = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
+    offset, row_sum, sums, slopes = (cute.make_rmem_tensor(2, Float32) for _ in range(4))
     return Work(
         wg=wg,
         lane=cute.arch.lane_idx(),
@@ -426,7 +570,9 @@ def make_work(
         acc_O=acc_O,
         sums=sums,
         coords=thr_qk.partition_C(cute.make_identity_tensor(tile_s)),
-        softmax=OnlineSoftmax(offset, row_sum, scale_log2),
+        softmax=OnlineSoftmax(offset, row_sum, scale_log2(config, score)),
+        score=score,
+        slopes=slopes,
     )
 
 
@@ -435,13 +581,14 @@ def kernel(
     config: cutlass.Constexpr,
     sizes: Sizes,
     schedule: Schedule,
+    ragged: Ragged | None,
+    score: Score,
     q: Tma,
     k: Tma,
     v: Tma,
     o: Tma,
     mO: cute.Tensor,
     mLSE: cute.Tensor,
-    scale_log2: Float32,
     tiled_mma_qk: cute.TiledMma,
     tiled_mma_pv: cute.TiledMma,
     sQ_layout: cute.ComposedLayout,
@@ -453,7 +600,7 @@ def kernel(
     sQ = smem.allocate_tensor(dtype, sQ_layout.outer, 1024, swizzle=sQ_layout.inner)
     sK = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)
     sV = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)
-    sTile = smem.allocate_tensor(Int32, cute.make_layout((3, 2)), 16)
+    sTile = smem.allocate_tensor(Int32, cute.make_layout((3 if ragged is None else 6, 2)), 16)
     rings = tuple(make_ring(smem, n) for n in (config.q_stages, config.stages, config.stages, 2))
     s = Shared(sQ, sK, sV, sTile, *rings)
     if warp_idx == 0:
@@ -463,13 +610,13 @@ def kernel(
             cpasync.prefetch_descriptor(x.atom)
     cute.arch.barrier()  # the mbarriers are there
     if warp_idx < 4:
-        cute.arch.setmaxregister_decrease(24 if config.wgs == 2 else 32)
+        cute.arch.setmaxregister_decrease(config.registers[0])
         if warp_idx == 0:
-            produce(config, sizes, schedule, q, k, v, s)
+            produce(config, sizes, schedule, ragged, q, k, v, s)
     else:
-        cute.arch.setmaxregister_increase(240 if config.wgs == 2 else 160)
-        w = make_work(config, s, tiled_mma_qk, tiled_mma_pv, scale_log2)
-        consume(config, sizes, s, w, o, mO, mLSE)
+        cute.arch.setmaxregister_increase(config.registers[1])
+        w = make_work(config, s, tiled_mma_qk, tiled_mma_pv, score)
+        consume(config, sizes, ragged, s, w, o, mO, mLSE)
 
 
 kernel.set_name_prefix("mfa_fwd_sm90", remove_cutlass_symbol=True)
@@ -482,9 +629,10 @@ def launch(
     mV: cute.Tensor,
     mO: cute.Tensor,
     mLSE: cute.Tensor,
-    scale: Float32,
+    score: Score,
     window_left: Int32,
     window_right: Int32,
+    ragged: Ragged | None,
     swath: Int32,
     num_sms: Int32,
     counter: cute.Tensor,
@@ -492,11 +640,10 @@ def launch(
     stream,
 ):
     """Tensors as in the module's first lines, numbers as in dispatch.py, counter as in counters.py."""
-    batch, seqlen_q, heads, _ = mQ.shape
-    group = heads // mK.shape[2]
-    sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
+    sizes = sizes_of(config, mQ, mK, window_left, window_right, ragged)
     schedule = Schedule(swath, counter.iterator)
-    launch_at(config, Call(sizes, schedule, num_sms, mQ, mK, mV, mO, mLSE, scale), stream)
+    call = Call(sizes, schedule, ragged, score, num_sms, mQ, mK, mV, mO, mLSE)
+    launch_at(config, call, stream)
 
 
 class Call(NamedTuple):
@@ -504,21 +651,23 @@ class Call(NamedTuple):
 
     sizes: Sizes
     schedule: Schedule
+    ragged: Ragged | None
+    score: Score
     num_sms: Int32
     mQ: cute.Tensor
     mK: cute.Tensor
     mV: cute.Tensor
     mO: cute.Tensor
     mLSE: cute.Tensor
-    scale: Float32
 
 
 @cute.jit
 def launch_at(config: cutlass.Constexpr, call: Call, stream):
     """ForwardSm90.at: the tiles for this many queries."""
+    longest = call.sizes.seqlen_q if const_expr(call.ragged is None) else call.ragged.longest
     if const_expr(config.short is None):
         launch_tiles(config, call, stream)
-    elif call.sizes.seqlen_q <= config.short_seqlen:
+    elif longest <= config.short_seqlen:
         launch_at(config.short, call, stream)
     else:
         launch_tiles(config, call, stream)
@@ -542,26 +691,29 @@ def launch_tiles(config: cutlass.Constexpr, call: Call, stream):
     )
     g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
     q = make_tma(g2s, call.mQ, sQ_layout, (config.tile_m, config.head_dim))
-    k = make_tma(g2s, call.mK, sKV_layout, (config.tile_n, config.head_dim))
-    v = make_tma(g2s, call.mV, sKV_layout, (config.tile_n, config.head_dim))
+    sPiece_layout = hopper.make_smem_layout_b(
+        LayoutEnum.ROW_MAJOR, (config.tile_m, config.piece, config.head_dim), dtype, 1
+    )
+    k, v = (make_tma(g2s, x, sPiece_layout, (config.piece, config.head_dim)) for x in (call.mK, call.mV))
     o = make_tma(s2g, call.mO, sO_layout, (16, config.head_dim))
     kernel(
         config,
         call.sizes,
         call.schedule,
+        call.ragged,
+        call.score,
         q,
         k,
         v,
         o,
         call.mO,
         call.mLSE,
-        call.scale * Float32(LOG2_E),
         tiled_mma_qk,
         tiled_mma_pv,
         sQ_layout,
         sKV_layout,
     ).launch(
-        grid=(cutlass.min(call.num_sms, num_tiles(config, call.sizes)), 1, 1),
+        grid=(cutlass.min(call.num_sms, num_tiles(config, call.sizes, call.ragged)), 1, 1),
         block=(128 + 128 * config.wgs, 1, 1),
         min_blocks_per_mp=1,
         stream=stream,
@@ -569,5 +721,4 @@ def launch_tiles(config: cutlass.Constexpr, call: Call, stream):
 
 
 def fake_arguments(config) -> tuple:
-    numbers = Int32(1), Int32(1)
-    return (*arguments.forward(config), *numbers, arguments.counter(), config, arguments.stream())
+    return (*arguments.forward(config), Int32(1), Int32(1), arguments.counter(), config, arguments.stream())

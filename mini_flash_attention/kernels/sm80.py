@@ -5,13 +5,18 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import LoadCacheMode, cpasync, warp
+from cutlass.cutlass_dsl import dsl_user_op
 
 
-def make_tiled_mma(dtype: type, warps: int) -> cute.TiledMma:
-    """mma.sync.m16n8k16 with float32 accumulators; each warp has its own 16 rows of A, all share B."""
+def make_tiled_mma(dtype: type, warps: int, warps_n: int = 1) -> cute.TiledMma:
+    """mma.sync.m16n8k16 with float32 accumulators; `warps` times 16 rows of A, `warps_n` times 16 of B.
+
+    With one warp along B each warp has its own rows of A, and all share B.
+    """
     op = warp.MmaF16BF16Op(dtype, Float32, (16, 8, 16))
-    return cute.make_tiled_mma(op, (warps, 1, 1), permutation_mnk=(16 * warps, 16, 16))
+    return cute.make_tiled_mma(op, (warps, warps_n, 1), permutation_mnk=(16 * warps, 16 * warps_n, 16))
 
 
 def make_tiled_load(dtype: type, threads: int, head_dim: int) -> cute.TiledCopy:
@@ -55,6 +60,45 @@ def load_tile(
     cute.copy(tiled_load, tXgX, tXsX, pred=inside)
 
 
+@cute.jit
+def load_pages(
+    tiled_load: cute.TiledCopy,
+    gX: cute.Tensor,
+    table: cute.Tensor,
+    start: Int32,
+    sX: cute.Tensor,
+    rows: Int32 | None,
+    tidx: Int32,
+):
+    """load_tile from pages, gX (num_pages, page_size, d): the tile's row 0 is the sequence's token `start`.
+
+    table (max_pages): the sequence's pages; those of rows from `rows` on are not looked up.
+    """
+    thr_load = tiled_load.get_slice(opaque(tidx))
+    tXsX = thr_load.partition_D(sX)  # (8, M, K)
+    tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
+    tXcX = thr_load.partition_S(cute.make_identity_tensor(tile))
+    _, page_size, cols = gX.shape
+    inside = cute.make_rmem_tensor((1, 1, 1), Boolean)
+    chunk = cute.make_layout(((8, 1), 1, 1))
+    for m in cutlass.range_constexpr(cute.size(tXcX, mode=[1])):
+        row = tXcX[0, m, 0][0]
+        page, there = Int32(0), Boolean(True)
+        if const_expr(rows is not None):
+            there = row < rows
+        if there:
+            page = table[(start + row) // page_size]
+        there = there & (page >= 0) & (page < gX.shape[0])
+        page = page if there else 0
+        gRow = gX[page, (start + row) % page_size, None]  # (d)
+        for k in cutlass.range_constexpr(cute.size(tXcX, mode=[2])):
+            col = tXcX[0, m, k][1]
+            inside[0, 0, 0] = there & (col < cols)
+            gChunk = cute.make_tensor(cute.local_tile(gRow, (8,), (col // 8,)).iterator, chunk)
+            sChunk = cute.make_tensor(tXsX[None, m, k].iterator, chunk)
+            cute.copy(tiled_load, gChunk, sChunk, pred=inside)
+
+
 class Operand(NamedTuple):
     """One operand of a product: its registers and, unless computed there, where ldmatrix fetches them."""
 
@@ -68,12 +112,13 @@ def operand(copy: cute.TiledCopy, fragment: cute.Tensor, sX: cute.Tensor, head_d
     return Operand(fragment, copy, sX, 0x70 if head_dim % 64 == 0 else 0x30)
 
 
-def operand_A(tiled_mma: cute.TiledMma, sA: cute.Tensor) -> Operand:
-    """sA: (M, K)."""
-    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), sA.element_type)
+def operand_A(tiled_mma: cute.TiledMma, sA: cute.Tensor, transpose: bool = False) -> Operand:
+    """sA: (M, K); transpose: M is the contiguous mode."""
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose, 4), sA.element_type)
     thr_mma = tiled_mma.get_slice(0)
     fragment = thr_mma.make_fragment_A(thr_mma.partition_A(sA))
-    return operand(cute.make_tiled_copy_A(atom, tiled_mma), fragment, sA, cute.size(sA, mode=[1]))
+    row = cute.size(sA, mode=[0 if transpose else 1])
+    return operand(cute.make_tiled_copy_A(atom, tiled_mma), fragment, sA, row)
 
 
 def operand_B(tiled_mma: cute.TiledMma, sB: cute.Tensor, transpose: bool) -> Operand:
@@ -134,3 +179,31 @@ def gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, a: Operand, b: Operand, tid
             fetch(a, source_a, k)
         fetch(b, source_b, k)
         cute.gemm(tiled_mma, acc, a.fragment[None, None, k], b.fragment[None, None, k], acc)
+
+
+@cute.jit
+def put(tiled_mma: cute.TiledMma, x: Operand, tidx: Int32):
+    """Store an A operand that was computed in registers to x.sX, from where `fetch` can move it back."""
+    tXsX = tiled_mma.get_slice(opaque(tidx)).partition_A(x.sX)  # ((2, 2, 2), M, K)
+    start = tXsX.iterator.toint()
+    address = start ^ ((start >> 3) & x.chunk_bits)
+    words = cute.recast_tensor(x.fragment, Int32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        offset = 2 * cute.crd2idx(2 * i, tXsX.layout)  # bytes; as in fetch
+        low = offset % 1024
+        pointer = cute.make_ptr(
+            Int32, (address ^ low) + (offset - low), cute.AddressSpace.smem, assumed_align=4
+        )
+        cute.make_tensor(pointer, cute.make_layout(1))[0] = words[i]
+
+
+@dsl_user_op
+def add_to_global(pointer: cute.Pointer, values: list[Float32], *, loc=None, ip=None):
+    """pointer[i] += values[i], atomically for each i: one value, or (SM90 on) four."""
+    names = ", ".join(f"${i + 1}" for i in range(len(values)))
+    ptx = f"red.relaxed.gpu.global.add.f32 [$0], {names};"
+    if len(values) > 1:
+        ptx = f"red.relaxed.gpu.global.add.v{len(values)}.f32 [$0], {{{names}}};"
+    arguments = [x.ir_value(loc=loc, ip=ip) for x in (pointer.toint(loc=loc, ip=ip), *values)]
+    constraints = "l" + ",f" * len(values)
+    llvm.inline_asm(None, arguments, ptx, constraints, has_side_effects=True, loc=loc, ip=ip)

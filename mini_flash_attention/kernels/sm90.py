@@ -49,11 +49,13 @@ def make_ring(smem: SmemAllocator, stages: int) -> Ring:
 
 
 @cute.jit
-def init_rings(rings: tuple[Ring, ...], consumer_warps: cutlass.Constexpr):
+def init_rings(
+    rings: tuple[Ring, ...], consumer_warps: cutlass.Constexpr, producer_warps: cutlass.Constexpr = 1
+):
     """By one thread, before a barrier of the thread block."""
     for ring in rings:
         for i in range(ring.stages):
-            cute.arch.mbarrier_init(ring.full + i, 1)
+            cute.arch.mbarrier_init(ring.full + i, producer_warps)
             cute.arch.mbarrier_init(ring.empty + i, consumer_warps)
     cute.arch.mbarrier_init_fence()
 
@@ -66,16 +68,111 @@ def release(ring: Ring, i: Int32, lane: Int32):
 
 
 @cute.jit
-def load(tma: Tma, row_block: Int32, head: Int32, batch: Int32, sX: cute.Tensor, ring: Ring, i: Int32):
-    """Copy a tile into the ring's slot for use i, once it is empty; sX (rows, d, stages). By a whole warp."""
+def commit(ring: Ring, i: Int32, lane: Int32):
+    """This warp has written its part of the slot of use i, and shown it to all who read it."""
+    if lane == 0:
+        cute.arch.mbarrier_arrive(ring.full + ring.slot(i))
+
+
+@cute.jit
+def expect(ring: Ring, i: Int32, sX: cute.Tensor, more: cutlass.Constexpr = 0) -> cute.Pointer:
+    """Wait until the slot of use i is empty, announce a tile's bytes; returns the mbarrier they arrive at.
+
+    more: bytes that the caller copies there beside the tile.
+    """
     ring.wait_empty(i)
-    tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
     full = ring.full + ring.slot(i)
+    size = 2 * cute.size(sX, mode=[0]) * cute.size(sX, mode=[1]) + more
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(full, 2 * tile[0] * tile[1])
-    gX = cute.local_tile(tma.tensor[None, None, head, batch], tile, (row_block, 0))  # (rows, d)
+        cute.arch.mbarrier_arrive_and_expect_tx(full, size)
+    return full
+
+
+@cute.jit
+def load(
+    tma: Tma,
+    start: Int32,
+    row_block: Int32,
+    head: Int32,
+    batch: Int32,
+    sX: cute.Tensor,
+    ring: Ring,
+    i: Int32,
+    more: cutlass.Constexpr = 0,
+):
+    """Copy a tile, the row_block-th from row start, into the ring's slot for use i, once it is empty.
+
+    sX: (rows, d, stages). more: as in expect. By a whole warp.
+    """
+    full = expect(ring, i, sX, more)
+    tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
+    gX = cute.domain_offset((start, 0), tma.tensor[None, None, head, batch])  # (S, D)
+    gX = cute.local_tile(gX, tile, (row_block, 0))  # (rows, d)
     sX = sX[None, None, ring.slot(i)]  # (rows, d)
     block_copy(tma.atom, cute.group_modes(gX, 0, 2), cute.group_modes(sX, 0, 2), tma_bar_ptr=full)
+
+
+class Pieces(NamedTuple):
+    """Where the pieces of one block of keys lie: lane p knows that of piece p."""
+
+    page: Int32
+    row: Int32  # its first row in the page
+
+
+@cute.jit
+def look_up(
+    piece: cutlass.Constexpr,
+    tile_n: cutlass.Constexpr,
+    table: cute.Tensor,
+    page_size: Int32,
+    rows: Int32,
+    n_block: Int32,
+) -> Pieces:
+    """The pieces of a block, each in one page, by a sequence's block table (max_pages).
+
+    Those from row `rows` on are not looked up: they are rows that no page has, which TMA fills with zeros.
+    """
+    row = n_block * tile_n + cute.arch.lane_idx() * piece
+    pieces = Pieces(Int32(0), page_size)
+    if row >= 0 and row < cutlass.min(rows, (n_block + 1) * tile_n):
+        pieces = Pieces(table[row // page_size], row % page_size)
+    return pieces
+
+
+@cute.jit
+def load_pages(
+    tma: Tma,
+    piece: cutlass.Constexpr,
+    pieces: Pieces,
+    head: Int32,
+    sX: cute.Tensor,
+    ring: Ring,
+    i: Int32,
+):
+    """`load` from pages."""
+    full = expect(ring, i, sX)
+    tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
+    for p in cutlass.range(tile[0] // piece, unroll=1):
+        page, row = (cute.arch.shuffle_sync(x, p) for x in pieces)
+        gX = cute.domain_offset((row, 0), tma.tensor[None, None, head, page])  # (page_size, D)
+        gX = cute.local_tile(gX, (piece, tile[1]), (0, 0))  # (piece, d)
+        sPiece = cute.local_tile(sX[None, None, ring.slot(i)], (piece, tile[1]), (p, 0))
+        block_copy(tma.atom, cute.group_modes(gX, 0, 2), cute.group_modes(sPiece, 0, 2), tma_bar_ptr=full)
+
+
+@cute.jit
+def zero_rows(sX: cute.Tensor, first: Int32, thread: Int32, barrier_id):
+    """Zero the rows of a tile (rows, d) from `first` on, for wgmma to read. By a warpgroup."""
+    chunks = cute.size(sX, mode=[1]) // 8  # of 16 bytes, in a row
+    zeros = cute.make_rmem_tensor(8, sX.element_type)
+    zeros.fill(0.0)
+    i = first * chunks + thread
+    while i < cute.size(sX, mode=[0]) * chunks:
+        row = cute.local_tile(sX, (1, 8), (i // chunks, i % chunks))  # (1, 8)
+        cute.autovec_copy(zeros, cute.group_modes(row, 0, 2))
+        i += 128
+    cute.arch.fence_view_async_shared()
+    cute.arch.barrier(barrier_id=barrier_id, number_of_threads=128)
 
 
 @cute.jit
@@ -108,3 +205,12 @@ def all_true(condition, barrier_id: Int32):
     )
     # The same in all lanes: said for the compiler, which else gives up uniform registers.
     return cute.arch.vote_all_sync(ok != 0)
+
+
+@cute.jit
+def reduce_add(sX: cute.Tensor, gX: cute.Tensor):
+    """gX += sX (float32, contiguous), by one thread; part of its next bulk group."""
+    cute.arch.inline_ptx(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[gX.iterator, sX.iterator, Int32(4 * cute.size(sX))],
+    )
