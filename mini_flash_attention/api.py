@@ -1,27 +1,28 @@
-"""The public functions, with the signatures and the semantics of flash_attn 2.x, and autograd."""
+"""The attention functions, with the signatures and the semantics of flash_attn 2.x, and autograd."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention import dispatch
-from mini_flash_attention.problem import Problem, dense
+from mini_flash_attention import checks, dispatch, kvcache
+from mini_flash_attention.problem import CacheUpdate, Layout, Problem, cache, dense, varlen
 
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _graph_break(function: Callable[P, Output]) -> Callable[P, Output]:
+def _graph_break(function: Callable[P, R]) -> Callable[P, R]:
     """Make torch.compile call the function instead of tracing it, as torch.compiler.disable does.
 
     That one as a decorator would nearly double the time of the import.
     """
 
     @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Output:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
@@ -85,18 +86,7 @@ def flash_attn_func(
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     problem = dense(q, k, v, *options)
-    seed = _draw_seed() if problem.dropout_p else None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = Attention.apply(q, k, v, problem, alibi_slopes, seed)
-    else:
-        out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed)
-    if not return_attn_probs:
-        return out
-    S_dmask = None
-    if problem.dropout_p:
-        with torch.no_grad():
-            S_dmask = dispatch.dropout_probabilities(problem, q, k, lse, alibi_slopes, seed)
-    return out, lse, S_dmask
+    return _attention(problem, q, k, v, alibi_slopes, None, None, return_attn_probs)
 
 
 @_graph_break
@@ -118,7 +108,7 @@ def flash_attn_qkvpacked_func(
 
     The other arguments, what is returned and what is raised are those of `flash_attn_func`.
     """
-    q, k, v = _unpack("qkv", qkv, 3)
+    q, k, v = _unpack("qkv", qkv, "batch, seqlen, 3, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return flash_attn_func(q, k, v, *options, return_attn_probs)
 
@@ -144,9 +134,263 @@ def flash_attn_kvpacked_func(
 
     The other arguments, what is returned and what is raised are those of `flash_attn_func`.
     """
-    k, v = _unpack("kv", kv, 2)
+    k, v = _unpack("kv", kv, "batch, seqlen, 2, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return flash_attn_func(q, k, v, *options, return_attn_probs)
+
+
+@_graph_break
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | Tensor | None = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    seqused_k: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Output:
+    """`flash_attn_func` for a batch of sequences of any lengths, packed one after the other.
+
+    Lengths may be 0, and so may the batch. They stay on the device: nothing waits for them, no kernel is
+    compiled for them, and a captured CUDA graph reads them anew in each replay. The diagonal of a
+    sequence is at i + seqlen_k - seqlen_q of its own lengths.
+
+    Args:
+        q: (total_q, heads, head_dim), the queries of all sequences; dtypes, strides, heads and head_dim
+            as in `flash_attn_func`.
+        k: one of
+            packed: (total_k, heads_k, head_dim);
+            one row a sequence: (batch, capacity, heads_k, head_dim), with seqused_k and without cu_seqlens_k;
+            paged: (num_blocks, page_size, heads_k, head_dim) with block_table, any page_size.
+        v: like k.
+        cu_seqlens_q: int32 (batch + 1,) on the device of q: sequence b's queries are rows
+            cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Starts at 0 and does not decrease.
+        cu_seqlens_k: the same for k and v; with pages only the lengths that it gives count. None where
+            seqused_k tells the lengths.
+        max_seqlen_q: at least the longest sequence's queries: an int, or an integer tensor of one
+            element. It steers speed only: a wrong one does no harm. On a GPU it is not read.
+        max_seqlen_k: the same for keys.
+        block_table: int32 (batch, max_pages): token t of sequence b is row t % page_size of page
+            block_table[b, t // page_size]. Entries behind its last token are not read.
+        seqused_k: int32 (batch,): the first tokens of each sequence's keys that count, the others are
+            not read. None: all.
+        out: where to write the result, a tensor like q; it is returned.
+
+    The other arguments are those of `flash_attn_func`; alibi_slopes may be (batch, heads) here too.
+    Lengths out of range are cut to what the tensors hold; pages that are used must exist.
+    MINI_FLASH_ATTENTION_CHECK=1 in the environment checks both, waiting for the device in each call.
+
+    Returns:
+        out: (total_q, heads, head_dim). Rows that belong to no sequence are undefined.
+        softmax_lse: (heads, total_q), fp32 (fp64 for fp64 inputs).
+        S_dmask: for tests only; None without dropout, else (batch, heads, longest seqlen_q,
+            longest seqlen_k), 0 beyond a sequence's own lengths.
+        Gradients of q, k and v are 0 where these belong to no sequence, and beyond seqused_k.
+
+    Raises:
+        ValueError: also where a gradient is required with block_table, or with out.
+        Else as `flash_attn_func`.
+    """
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    problem = varlen(q, k, v, *lengths, *options, block_table, seqused_k, out)
+    layout = Layout(
+        cu_seqlens_q=cu_seqlens_q.contiguous(),
+        cu_seqlens_k=_contiguous(cu_seqlens_k) if problem.packed_k else None,
+        seqused_k=cu_seqlens_k.diff() if problem.page_size and seqused_k is None else _contiguous(seqused_k),
+        block_table=_contiguous(block_table),
+    )
+    if checks.enabled():
+        checks.varlen(problem, layout, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, len(k))
+    return _attention(problem, q, k, v, alibi_slopes, layout, out, return_attn_probs)
+
+
+@_graph_break
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | Tensor | None = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Output:
+    """Self-attention of sequences of any lengths, whose q, k and v one projection made.
+
+    Args:
+        qkv: (total, 3, heads, head_dim): q, k and v along dimension 1. They are not copied.
+        cu_seqlens: int32 (batch + 1,): sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+        max_seqlen: at least the longest sequence's length.
+
+    The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
+    """
+    q, k, v = _unpack("qkv", qkv, "total, 3, heads, head_dim")
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
+
+
+@_graph_break
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | Tensor | None = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Output:
+    """Attention of sequences of any lengths to keys and values that one projection made.
+
+    Args:
+        q: (total_q, heads, head_dim).
+        kv: (total_k, 2, heads_k, head_dim): k and v along dimension 1. They are not copied.
+
+    The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
+    """
+    k, v = _unpack("kv", kv, "total, 2, heads, head_dim")
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
+
+
+@_graph_break
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | Tensor | None = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention to a cache of keys and values, into which the new ones are written first. For inference.
+
+    With few queries the keys are split over the GPU, and the parts are merged by their log-sum-exp
+    (Flash-Decoding, Dao et al. 2023). Lengths and tables stay on the device: nothing waits for them, no
+    kernel is compiled for them, and a captured CUDA graph reads them anew in each replay.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), the queries of the new tokens, one or more; dtypes,
+            strides, heads and head_dim as in `flash_attn_func`.
+        k_cache: (batch_cache, capacity, heads_k, head_dim), or with block_table (num_blocks, page_size,
+            heads_k, head_dim), any page_size. Sequence b's storage is row b, or row
+            cache_batch_idx[b], of k_cache or of block_table.
+        v_cache: like k_cache.
+        k: (batch, seqlen_new, heads_k, head_dim) or None. Written into k_cache, in place, as tokens
+            cache_seqlens, cache_seqlens + 1 and so on of each sequence's storage. What would lie beyond
+            the capacity is not written.
+        v: like k.
+        rotary_cos: (seqlen_ro, rotary_dim / 2) in the dtype of q, or None; needs k and v. rotary_dim is a
+            multiple of 16, at most head_dim. New keys are rotated by the rows of their tokens' numbers,
+            cache_seqlens + i. With causal or a window_size query i is rotated by row cache_seqlens + i,
+            otherwise all queries by row cache_seqlens.
+        rotary_sin: like rotary_cos.
+        cache_seqlens: int32 (batch,), or an int for all: the tokens in each sequence's storage before the
+            call, left padding included. None: the whole cache; k and v must be None then.
+        cache_batch_idx: int32 (batch,) or None. With k and v its elements must differ.
+        cache_leftpad: int32 (batch,) or None: the first tokens of each storage that do not count.
+        block_table: int32 (rows, max_pages) or None: token t of row r is row t % page_size of page
+            block_table[r, t // page_size]. Entries behind the last token are not read.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`. The last query
+            is on the diagonal of the last key, new ones included.
+        rotary_interleaved: rotate elements 2i and 2i + 1 of a head; else i and i + rotary_dim / 2.
+        num_splits: into how many parts to split the keys, 1 to 128; 0 chooses by the capacity.
+        return_softmax_lse: return (out, softmax_lse) instead of out.
+
+    Lengths out of range are cut to what the tensors hold; pages and rows that are used must exist.
+    MINI_FLASH_ATTENTION_CHECK=1 in the environment checks both, waiting for the device in each call.
+
+    Returns:
+        out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
+        softmax_lse: (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs).
+        A query that sees no key has out 0 and softmax_lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong: the message names it and says what is allowed. Also
+            if the cache is too small for an int cache_seqlens, or if a gradient is required.
+        NotImplementedError, RuntimeError: as `flash_attn_func`.
+    """
+    new = (k, v, rotary_cos, rotary_sin)
+    where = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    options = (softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits)
+    problem = cache(q, k_cache, v_cache, *new, *where, *options)
+    layout = Layout(
+        leftpad_k=_contiguous(cache_leftpad),
+        batch_idx=_contiguous(cache_batch_idx),
+        block_table=_contiguous(block_table),
+    )
+    update = None
+    if k is not None:
+        tables = _contiguous(rotary_cos), _contiguous(rotary_sin)
+        update = CacheUpdate(k, v, *tables, bool(rotary_interleaved))
+    if checks.enabled():
+        checks.cache(problem, layout, cache_seqlens, update, k_cache.shape)
+    if isinstance(cache_seqlens, Tensor):
+        cache_seqlens = cache_seqlens.contiguous()
+    out, lse = kvcache.forward(
+        problem, q, k_cache, v_cache, cache_seqlens, layout, update, alibi_slopes, num_splits
+    )
+    return (out, lse) if return_softmax_lse else out
+
+
+def _attention(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    layout: Layout | None,
+    out: Tensor | None,
+    return_attn_probs: bool,
+) -> Output:
+    seed = _draw_seed() if problem.dropout_p else None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = Attention.apply(q, k, v, problem, alibi_slopes, seed, layout)
+    else:
+        out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed, layout, out)
+    if not return_attn_probs:
+        return out
+    S_dmask = None
+    if problem.dropout_p:
+        with torch.no_grad():
+            S_dmask = dispatch.dropout_probabilities(problem, q, k, lse, alibi_slopes, seed, layout)
+    return out, lse, S_dmask
 
 
 class Attention(torch.autograd.Function):
@@ -161,9 +405,10 @@ class Attention(torch.autograd.Function):
         problem: Problem,
         alibi_slopes: Tensor | None,
         seed: int | None,
+        layout: Layout | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed)
-        ctx.save_for_backward(q, k, v, out, lse, alibi_slopes)
+        out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed, layout)
+        ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, *(layout or ()))
         ctx.problem, ctx.seed = problem, seed
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
@@ -172,22 +417,31 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("attention has no second derivative: create_graph must be False")
-        q, k, v, out, lse, alibi_slopes = ctx.saved_tensors
+        q, k, v, out, lse, alibi_slopes, *layout = ctx.saved_tensors
+        layout = Layout(*layout) if layout else None
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv = dispatch.backward(ctx.problem, dout, dlse, q, k, v, out, lse, alibi_slopes, ctx.seed)
-        return dq, dk, dv, None, None, None
+        tensors = (dout, dlse, q, k, v, out, lse, alibi_slopes)
+        dq, dk, dv = dispatch.backward(ctx.problem, *tensors, ctx.seed, layout)
+        return dq, dk, dv, None, None, None, None
 
 
-def _unpack(name: str, packed: Tensor, count: int) -> tuple[Tensor, ...]:
-    """The views along dimension 2; their gradients come back stacked, in one copy."""
+def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:
+    """The views along the dimension of q, k, v; their gradients come back stacked, in one copy.
+
+    dims: the names of the dimensions, with the number of the views in place of the one to unpack.
+    """
     if not isinstance(packed, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(packed).__name__}")
-    if packed.ndim != 5 or packed.shape[2] != count:
-        raise ValueError(
-            f"{name} must have shape (batch, seqlen, {count}, heads, head_dim), not {tuple(packed.shape)}"
-        )
-    return packed.unbind(2)
+    sizes = dims.split(", ")
+    place = len(sizes) - 3
+    if packed.ndim != len(sizes) or packed.shape[place] != int(sizes[place]):
+        raise ValueError(f"{name} must have shape ({dims}), not {tuple(packed.shape)}")
+    return packed.unbind(place)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _draw_seed() -> int:

@@ -9,17 +9,20 @@ number is the group) are stacked as rows, so no key is ever repeated. With h = b
     acc_S, acc_P, acc_dP, acc_dS    (h, tile_m * group, tile_n)
     row_max, row_sum                (h, tile_m * group, 1)
 
+Sequences of different lengths come one after the other, each as a dense batch of one.
 Works on any device and any strides. Computes in float32, for float64 inputs in float64.
 """
 
 import math
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mini_flash_attention.kernels.blocks import key_blocks, query_blocks
 from mini_flash_attention.philox import keep_mask
-from mini_flash_attention.problem import Problem
+from mini_flash_attention.problem import Layout, Problem
 
 INF = math.inf
 # Scores in a tile: 2 MB, so that the few tiles alive at once stay in cache. 2^18 and 2^20 cost up
@@ -30,17 +33,58 @@ MIN_TILE = 128
 
 
 def forward(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, seed: int | None
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: int | None,
+    layout: Layout | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1: for each query block, an online softmax over its key blocks, last to first.
+    """Attention of all sequences.
+
+    Args:
+        out: where to write the result; rows of packed q that belong to no sequence stay as they are
+            there, and are 0 in a tensor made here.
 
     Returns:
-        out: (batch, seqlen_q, heads_q, head_dim), in the dtype of q.
-        lse: (batch, heads_q, seqlen_q), natural logarithm, in the dtype of the computation.
+        out: like q.
+        lse: (batch, heads_q, seqlen_q), packed (heads_q, total_q), natural logarithm, in the dtype of
+            the computation.
+    """
+    if out is None:
+        out = q.new_zeros(q.shape) if problem.packed_q else q.new_empty(q.shape)
+    sizes = (problem.heads_q, problem.seqlen_q)
+    sizes = sizes if problem.packed_q else (problem.batch, *sizes)
+    lse = q.new_full(sizes, -INF, dtype=compute_dtype(problem))
+    if layout is None:
+        forward_dense(problem, q, k, v, alibi_slopes, seed, 0, out, as_column(lse))
+        return out, lse
+    for sequence in sequences(problem, layout):
+        alone, *tensors, slopes = dense_batch(problem, layout, sequence, q, k, v, alibi_slopes)
+        results = (queries_of(problem, sequence, x) for x in (out, as_column(lse)))
+        forward_dense(alone, *tensors, slopes, seed, sequence.index, *results)
+    return out, lse
+
+
+def forward_dense(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: int | None,
+    sequence: int,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Algorithm 1: for each query block, an online softmax over its key blocks, last to first.
+
+    Writes out (batch, seqlen_q, heads_q, head_dim) and lse (batch, seqlen_q, heads_q, 1). `sequence`
+    is the first one's number in the whole batch, of which dropout is a function.
     """
     tile_m, tile_n = tile_shape(problem)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((problem.batch, problem.heads_q, problem.seqlen_q), dtype=compute_dtype(problem))
     for m_block in range(math.ceil(problem.seqlen_q / tile_m)):
         rows = block(m_block, tile_m, problem.seqlen_q)
         gQ = load_rows(problem, q, rows) * problem.softmax_scale
@@ -60,14 +104,13 @@ def forward(
             acc_P = acc_S.sub_(offset).exp_()
             row_sum.mul_(rescale).add_(acc_P.sum(-1, keepdim=True))
             if problem.dropout_p > 0:
-                acc_P.mul_(kept(problem, seed, rows, keys))
+                acc_P.mul_(kept(problem, seed, sequence, rows, keys))
             acc_O.mul_(rescale).baddbmm_(acc_P, gV)
             del acc_S, acc_P  # the next tile takes over their memory, which is still in cache
 
-        store_rows(problem, row_max + row_sum.log(), as_column(lse), rows)
+        store_rows(problem, row_max + row_sum.log(), lse, rows)
         row_sum.masked_fill_(row_sum == 0, 1)  # a row without keys, where acc_O is 0
         store_rows(problem, acc_O / (row_sum * (1 - problem.dropout_p)), out, rows)
-    return out, lse
 
 
 def backward(
@@ -81,11 +124,43 @@ def backward(
     lse: Tensor,
     alibi_slopes: Tensor | None,
     seed: int | None,
+    layout: Layout | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of all sequences.
+
+    Returns:
+        dq, dk, dv: of the shapes and the dtype of q, k and v; 0 where these belong to no sequence.
+    """
+    rows = dout, None if dlse is None else as_column(dlse), out, as_column(lse)
+    if layout is None:
+        return backward_dense(problem, q, k, v, *rows, alibi_slopes, seed, 0)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    for sequence in sequences(problem, layout):
+        alone, *tensors, slopes = dense_batch(problem, layout, sequence, q, k, v, alibi_slopes)
+        its_rows = (None if x is None else queries_of(problem, sequence, x) for x in rows)
+        gradients = backward_dense(alone, *tensors, *its_rows, slopes, seed, sequence.index)
+        queries_of(problem, sequence, dq).copy_(gradients[0])
+        for x, gradient in zip((dk, dv), gradients[1:], strict=True):
+            keys_of(problem, layout, sequence, x).copy_(gradient)
+    return dq, dk, dv
+
+
+def backward_dense(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: int | None,
+    sequence: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 2: for each key block, recompute P from the LSE in all query blocks that see it.
 
-    Returns:
-        dq, dk, dv: of the shapes and the dtype of q, k and v.
+    lse and dlse are (batch, seqlen_q, heads_q, 1).
     """
     tile_m, tile_n = tile_shape(problem)
     lse, delta = row_statistics(problem, dout, dlse, out, lse)
@@ -106,7 +181,7 @@ def backward(
             acc_dP = gdO @ gV.mT
             dropped_P = acc_P
             if problem.dropout_p > 0:
-                keep = kept(problem, seed, rows, keys)
+                keep = kept(problem, seed, sequence, rows, keys)
                 dropped_P = acc_P * keep
                 acc_dP.mul_(keep)
             acc_dV.baddbmm_(dropped_P.mT, gdO)
@@ -123,20 +198,127 @@ def backward(
 
 
 def dropout_probabilities(
-    problem: Problem, q: Tensor, k: Tensor, lse: Tensor, alibi_slopes: Tensor | None, seed: int
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: int,
+    layout: Layout | None = None,
 ) -> Tensor:
     """The probabilities before dropout, negative where dropped (-0.0 too); for tests.
 
     Returns:
-        S_dmask: (batch, heads_q, seqlen_q, seqlen_k), in the dtype of the computation.
+        S_dmask: (batch, heads_q, seqlen_q, seqlen_k), in the dtype of the computation. Of packed
+            sequences these are the largest lengths, and elements beyond a sequence's own are 0.
     """
+    lse = as_column(lse)
+    if layout is None:
+        return probabilities_dense(problem, q, k, lse, alibi_slopes, seed, 0)
+    every = sequences(problem, layout)
+    seqlen_q = max((sequence.rows.stop - sequence.rows.start for sequence in every), default=0)
+    seqlen_k = max((sequence.keys.stop - sequence.keys.start for sequence in every), default=0)
+    S_dmask = lse.new_zeros((problem.batch, problem.heads_q, seqlen_q, seqlen_k))
+    for sequence in every:
+        alone, its_q, its_k, _, slopes = dense_batch(problem, layout, sequence, q, k, k, alibi_slopes)
+        its_lse = queries_of(problem, sequence, lse)
+        its_S = probabilities_dense(alone, its_q, its_k, its_lse, slopes, seed, sequence.index)
+        S_dmask[sequence.index, :, : alone.seqlen_q, : alone.seqlen_k] = its_S[0]
+    return S_dmask
+
+
+def probabilities_dense(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: int,
+    sequence: int,
+) -> Tensor:
     rows, keys = slice(0, problem.seqlen_q), slice(0, problem.seqlen_k)
     gQ = load_rows(problem, q, rows) * problem.softmax_scale
     acc_S, _ = scores(problem, gQ, load_keys(problem, k, keys), rows, keys, alibi_slopes)
     lse = lse.masked_fill(lse == -INF, INF)
-    acc_P = acc_S.sub_(load_rows(problem, as_column(lse), rows)).exp_()
-    S_dmask = torch.where(kept(problem, seed, rows, keys), acc_P, -acc_P)
+    acc_P = acc_S.sub_(load_rows(problem, lse, rows)).exp_()
+    S_dmask = torch.where(kept(problem, seed, sequence, rows, keys), acc_P, -acc_P)
     return by_head(problem, S_dmask).transpose(2, 3).flatten(1, 2)
+
+
+class Sequence(NamedTuple):
+    """Where one sequence of a ragged batch lies."""
+
+    index: int  # in the batch
+    rows: slice  # of packed q; of q[index]
+    storage: int  # the row of k and v, or of the block table, that holds its keys; 0 if they are packed
+    keys: slice  # tokens of its storage; of packed k
+
+
+def sequences(problem: Problem, layout: Layout) -> list[Sequence]:
+    """All sequences that have queries, cut to what the tensors hold, as in kernels/seqlen.py."""
+    starts_q, starts_k, used, leftpad, storage, _ = (None if x is None else x.tolist() for x in layout)
+    found = []
+    for b in range(problem.batch):
+        rows = interval(starts_q, b, problem.seqlen_q)
+        keys = interval(starts_k, b, problem.seqlen_k)
+        start, end = keys.start, keys.stop
+        if used is not None:
+            end = clamp(start + used[b], start, end)
+        if leftpad is not None:
+            start = clamp(start + leftpad[b], start, end)
+        row = 0 if problem.packed_k else b if storage is None else storage[b]
+        if rows.start < rows.stop:
+            found.append(Sequence(b, rows, row, slice(start, end)))
+    return found
+
+
+def interval(starts: list[int] | None, b: int, total: int) -> slice:
+    """Sequence b of packed ones; without `starts`, one of `total` tokens."""
+    if starts is None:
+        return slice(0, total)
+    start = clamp(starts[b], 0, total)
+    return slice(start, clamp(starts[b + 1], start, total))
+
+
+def clamp(x: int, low: int, high: int) -> int:
+    return max(low, min(x, high))
+
+
+def dense_batch(
+    problem: Problem,
+    layout: Layout,
+    sequence: Sequence,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+) -> tuple[Problem, Tensor, Tensor, Tensor, Tensor | None]:
+    """One sequence as a dense batch of one: its problem, q, k, v and ALiBi slopes."""
+    q = queries_of(problem, sequence, q)
+    k, v = (keys_of(problem, layout, sequence, x) for x in (k, v))
+    if alibi_slopes is not None and alibi_slopes.ndim == 2:
+        alibi_slopes = alibi_slopes[sequence.index]
+    alone = replace(problem, batch=1, seqlen_q=q.shape[1], seqlen_k=k.shape[1])
+    return alone, q, k, v, alibi_slopes
+
+
+def queries_of(problem: Problem, sequence: Sequence, x: Tensor) -> Tensor:
+    """View a sequence's rows of x, which is laid out as q is, as (1, seqlen_q, heads_q, n)."""
+    return x[sequence.rows].unsqueeze(0) if problem.packed_q else x[sequence.index].unsqueeze(0)
+
+
+def keys_of(problem: Problem, layout: Layout, sequence: Sequence, x: Tensor) -> Tensor:
+    """A sequence's keys of x, k or v, as (1, seqlen_k, heads_k, head_dim): a view, or a copy of pages."""
+    if problem.packed_k:
+        return x[sequence.keys].unsqueeze(0)
+    if not problem.page_size:
+        return x[clamp(sequence.storage, 0, len(x) - 1), sequence.keys].unsqueeze(0)
+    first, last = sequence.keys.start // problem.page_size, -(-sequence.keys.stop // problem.page_size)
+    table = layout.block_table
+    pages = table[clamp(sequence.storage, 0, len(table) - 1), first:last]  # what is not used is not read
+    tokens = x[pages.clamp(0, len(x) - 1)].flatten(0, 1)
+    start = sequence.keys.start - first * problem.page_size
+    return tokens[start : start + sequence.keys.stop - sequence.keys.start].unsqueeze(0)
 
 
 def row_statistics(
@@ -147,14 +329,12 @@ def row_statistics(
     dS = P * (dP - delta): a softmax's gradient, with that of its LSE, whose derivative is P too.
     Rows that see no key get lse = +inf, so that P = exp(S - lse) is 0 and not exp(-inf + inf).
 
-    Returns:
-        lse, delta: (batch, seqlen_q, heads_q, 1).
+    Everything is (batch, seqlen_q, heads_q, 1), but dout and out, which have head_dim elements there.
     """
     dtype = compute_dtype(problem)
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
     if dlse is not None:
-        delta -= as_column(dlse)
-    lse = as_column(lse)
+        delta -= dlse
     empty = lse == -INF
     return lse.masked_fill(empty, INF), delta.masked_fill(empty, 0)
 
@@ -200,9 +380,9 @@ def from_diagonal(problem: Problem, rows: slice, keys: slice, device: torch.devi
     return j - (i + problem.seqlen_k - problem.seqlen_q)
 
 
-def kept(problem: Problem, seed: int, rows: slice, keys: slice) -> Tensor:
+def kept(problem: Problem, seed: int, sequence: int, rows: slice, keys: slice) -> Tensor:
     """Which elements of a score tile dropout keeps: bool (h, tile_m * group, tile_n)."""
-    heads = torch.arange(problem.batch * problem.heads_q, device=problem.device)
+    heads = sequence * problem.heads_q + torch.arange(problem.batch * problem.heads_q, device=problem.device)
     i = torch.arange(rows.start, rows.stop, device=problem.device)
     return keep_mask(
         seed,
@@ -265,7 +445,7 @@ def view_rows(problem: Problem, x: Tensor, rows: slice) -> Tensor:
 
 
 def as_column(x: Tensor) -> Tensor:
-    """View an LSE (batch, heads_q, seqlen_q) as q is laid out: (batch, seqlen_q, heads_q, 1)."""
+    """View an LSE (batch, heads_q, seqlen_q) or (heads_q, total_q) as q is laid out, with one element."""
     return x.mT.unsqueeze(-1)
 
 

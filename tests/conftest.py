@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mini_flash_attention import config
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +31,19 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "sm80", "sm90"])
+def any_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Each path that runs on this machine, forced; the device of its tensors."""
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", request.param)
+    if request.param == "cpu":
+        return torch.device("cpu")
+    device = request.getfixturevalue("gpu")
+    arch = config.gpu_arch(torch.cuda.get_device_capability(device))
+    if request.param not in config.paths(arch):
+        pytest.skip(f"{request.param} does not run on {arch}")
+    return device
 
 
 @pytest.fixture

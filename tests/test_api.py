@@ -17,7 +17,13 @@ from mini_flash_attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+    pad_input,
     reference,
+    unpad_input,
 )
 
 OPTIONS = (
@@ -43,11 +49,30 @@ def gradients(out: Any, inputs: list[Tensor], dout: Any = None) -> tuple[Tensor,
 def test_signatures_are_those_of_flash_attn() -> None:
     def signature(function: Any) -> str:
         parameters = inspect.signature(function).parameters.values()
-        return ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+        shown = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
+        return str(shown).removeprefix("(").removesuffix(")")
 
     assert signature(flash_attn_func) == f"q, k, v, {OPTIONS}"
     assert signature(flash_attn_qkvpacked_func) == f"qkv, {OPTIONS}"
     assert signature(flash_attn_kvpacked_func) == f"q, kv, {OPTIONS}"
+    lengths = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+    assert signature(flash_attn_varlen_func) == (
+        f"q, k, v, {lengths}, {OPTIONS}, block_table=None, *, seqused_k=None, out=None"
+    )
+    assert signature(flash_attn_varlen_qkvpacked_func) == f"qkv, cu_seqlens, max_seqlen, {OPTIONS}"
+    assert signature(flash_attn_varlen_kvpacked_func) == f"q, kv, {lengths}, {OPTIONS}"
+    assert signature(flash_attn_with_kvcache) == (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+        "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
+        "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+        "return_softmax_lse=False"
+    )
+    assert signature(unpad_input) == "hidden_states, attention_mask, unused_mask=None"
+    assert signature(pad_input) == "hidden_states, indices, batch, seqlen"
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(hasattr(mini_flash_attention, name) for name in mini_flash_attention.__all__)
 
 
 def test_import_touches_neither_cuda_nor_the_compiler() -> None:
@@ -293,6 +318,20 @@ def test_autocast_leaves_the_dropout_probabilities_alone() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         S_dmask = flash_attn_func(q, k, v, dropout_p=0.3, return_attn_probs=True)[2]
     assert torch.equal(S_dmask, expected)
+
+
+def test_torch_compile_leaves_lengths_and_caches_alone() -> None:
+    def model(x: Tensor, cu_seqlens: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        y = flash_attn_varlen_qkvpacked_func(x * 2, cu_seqlens, 4, causal=True)
+        q, k, v = x[:2].unsqueeze(1).unbind(2)
+        return y + 1, flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=3) + 1
+
+    torch._dynamo.reset()
+    x, cu_seqlens = torch.randn(6, 3, 2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)
+    caches = [torch.zeros(2, 2, 5, 2, 8) for _ in range(2)]
+    expected = model(x, cu_seqlens, caches[0])
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x, cu_seqlens, caches[1]), expected)
+    assert caches[0].any() and torch.equal(*caches)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -1,8 +1,8 @@
-"""dense: what it makes of the arguments of a call, and every error it raises."""
+"""dense, varlen and cache: what they make of the arguments of a call, and every error they raise."""
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ def test_facts_of_a_call() -> None:
         heads_k=3,
         head_dim=32,
         softmax_scale=32**-0.5,
+        max_seqlen_q=5,
     )
     assert dense().group == 2
     with pytest.raises(FrozenInstanceError):
@@ -218,3 +219,236 @@ def test_errors(arguments: dict[str, Any], error: type[Exception], message: str)
 def test_slopes_that_are_parameters_serve_where_nothing_is_trained() -> None:
     with torch.no_grad():
         assert dense(alibi_slopes=x(6).requires_grad_()).alibi
+
+
+QP, KP = x(12, 6, 32), x(20, 3, 32)
+PAGES = x(9, 4, 3, 32)  # 9 pages of 4 tokens
+VARLEN = DEFAULTS | dict(
+    cu_seqlens_q=x(3, dtype=torch.int32),
+    cu_seqlens_k=x(3, dtype=torch.int32),
+    max_seqlen_q=7,
+    max_seqlen_k=11,
+    block_table=None,
+    seqused_k=None,
+    out=None,
+)
+USED, TABLE = x(2, dtype=torch.int32), x(2, 5, dtype=torch.int32)
+
+
+def varlen(q: Tensor = QP, k: Tensor = KP, v: Tensor | None = None, **options: Any) -> Problem:
+    return problem.varlen(q, k, k if v is None else v, **VARLEN | options)
+
+
+def test_facts_of_packed_sequences() -> None:
+    packed = Problem(
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        batch=2,
+        seqlen_q=12,
+        seqlen_k=20,
+        heads_q=6,
+        heads_k=3,
+        head_dim=32,
+        softmax_scale=32**-0.5,
+        ragged=True,
+        packed_q=True,
+        packed_k=True,
+        max_seqlen_q=7,
+    )
+    assert varlen() == packed
+    rows = varlen(k=KV, cu_seqlens_k=None, seqused_k=USED)
+    assert rows == replace(packed, seqlen_k=7, packed_k=False)
+    assert varlen(k=PAGES, block_table=TABLE) == replace(packed, seqlen_k=20, packed_k=False, page_size=4)
+    assert varlen(k=PAGES, block_table=TABLE, cu_seqlens_k=None, seqused_k=USED).page_size == 4
+    assert varlen(out=torch.empty_like(QP), seqused_k=USED) == packed
+    assert varlen(alibi_slopes=x(2, 6), causal=True).window_right == 0
+
+
+def test_longest_lengths() -> None:
+    for kind in (int, np.int32, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int32)):
+        assert varlen(max_seqlen_q=kind(5), max_seqlen_k=kind(5)).max_seqlen_q == 5
+    assert varlen(max_seqlen_q=10**9).max_seqlen_q == 12  # no more than there are
+    elsewhere = torch.tensor(5, device="meta")  # as on a GPU: it is not read
+    assert varlen(max_seqlen_q=elsewhere, max_seqlen_k=elsewhere).max_seqlen_q == 12
+
+
+def test_windows_of_packed_sequences_are_dropped_only_where_they_limit_no_sequence() -> None:
+    assert varlen(window_size=(19, 11)).window_left is varlen(window_size=(19, 11)).window_right is None
+    made = varlen(window_size=(18, 10))
+    assert (made.window_left, made.window_right) == (18, 10)
+
+
+@pytest.mark.parametrize("total_q, total_k, batch", [(0, 0, 0), (0, 0, 2), (0, 20, 2), (12, 0, 2)])
+def test_empty_packed_problems_are_legal(total_q: int, total_k: int, batch: int) -> None:
+    cu_seqlens = x(batch + 1, dtype=torch.int32)
+    made = varlen(QP[:total_q], KP[:total_k], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    assert (made.batch, made.seqlen_q, made.seqlen_k) == (batch, total_q, total_k)
+
+
+LEAF = x(12, 6, 32).requires_grad_()
+VARLEN_ERRORS = [
+    (dict(q=Q), ValueError, r"q must have 3 dimensions \(total_q, heads, head_dim\)"),
+    (dict(k=KV), ValueError, r"k must have 3 dimensions \(total_k, heads_k, head_dim\)"),
+    (dict(v=x(21, 3, 32)), ValueError, "k and v must have one shape"),
+    (dict(cu_seqlens_k=None, seqused_k=USED), ValueError, r"k must have 4 dimensions \(batch, capacity"),
+    (dict(block_table=TABLE), ValueError, r"k must have 4 dimensions \(num_blocks, page_size"),
+    (dict(cu_seqlens_k=None), ValueError, "cu_seqlens_k or seqused_k must be given"),
+    (dict(k=x(3, 7, 3, 32), cu_seqlens_k=None, seqused_k=USED), ValueError, "batch size of cu_seqlens_q, 2"),
+    (dict(q=x(12, 4, 32)), ValueError, r"heads of q \(4\) must be a multiple"),
+    (dict(cu_seqlens_q=None), TypeError, "cu_seqlens_q must be a torch.Tensor, not NoneType"),
+    (dict(cu_seqlens_q=[0, 5, 12]), TypeError, "cu_seqlens_q must be a torch.Tensor, not list"),
+    (dict(cu_seqlens_q=x(3)), TypeError, "cu_seqlens_q must be torch.int32, not torch.float32"),
+    (dict(cu_seqlens_k=x(3, dtype=torch.int64)), TypeError, "cu_seqlens_k must be .*int32, not .*int64"),
+    (dict(cu_seqlens_q=x(3, 1, dtype=torch.int32)), ValueError, r"cu_seqlens_q .* 1 dimensions \(batch"),
+    (dict(cu_seqlens_q=x(0, dtype=torch.int32)), ValueError, "cu_seqlens_q must have batch . 1 elements"),
+    (dict(cu_seqlens_k=x(4, dtype=torch.int32)), ValueError, r"cu_seqlens_k .* = \(3\), not \(4,\)"),
+    (dict(cu_seqlens_k=x(3, dtype=torch.int32, device="meta")), ValueError, "cu_seqlens_k is on meta"),
+    (dict(seqused_k=x(3, dtype=torch.int32)), ValueError, r"seqused_k must have shape \(batch\) = \(2\)"),
+    (dict(k=PAGES, block_table=TABLE[:1]), ValueError, r"block_table .* = \(2, \*\), not \(1, 5\)"),
+    (dict(k=PAGES, block_table=TABLE[0]), ValueError, "block_table must have 2 dimensions"),
+    (dict(k=PAGES, block_table=TABLE.long()), TypeError, "block_table must be torch.int32"),
+    (dict(k=PAGES[:0], block_table=TABLE), ValueError, "k must have at least one page of at least one token"),
+    (dict(k=PAGES[:, :0], block_table=TABLE), ValueError, "k must have at least one page"),
+    (dict(max_seqlen_q=5.0), TypeError, "max_seqlen_q must be an int, not float"),
+    (dict(max_seqlen_q=None), TypeError, "max_seqlen_q must be an int, not NoneType"),
+    (dict(max_seqlen_k=torch.tensor(5.0)), TypeError, "max_seqlen_k must be an int or an integer tensor"),
+    (dict(max_seqlen_k=torch.tensor([5, 6])), TypeError, "max_seqlen_k must be .* of one element"),
+    (dict(max_seqlen_q=-1), ValueError, "max_seqlen_q must not be negative, but is -1"),
+    (dict(out=x(12, 6, 64)), ValueError, r"out must be like q, .*, but is \(12, 6, 64\)"),
+    (dict(out=QP.half()), ValueError, "out must be like q, .* torch.float16 on cpu"),
+    (dict(out=1), TypeError, "out must be a torch.Tensor"),
+    (dict(q=LEAF, out=torch.empty_like(QP)), ValueError, "out: .* has no gradient, but an input"),
+    (dict(q=LEAF, k=PAGES, block_table=TABLE), ValueError, "block_table: .* has no gradient"),
+    (dict(alibi_slopes=x(3, 6)), ValueError, r"alibi_slopes .* \(2, 6\), not \(3, 6\)"),
+    (dict(window_size=(0.5, 1)), TypeError, "window_size .* left is 0.5"),
+    (dict(causal=2), ValueError, "causal must be a bool"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, error, message", VARLEN_ERRORS, ids=[case[2] for case in VARLEN_ERRORS])
+def test_varlen_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        varlen(**arguments)
+    assert raised.value.__context__ is None
+
+
+QC, KC = x(2, 4, 6, 32), x(3, 50, 3, 32)  # two sequences, three rows
+NEW, COS = x(2, 4, 3, 32), x(50, 8)
+CACHE = dict(
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=USED,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+)
+APPEND = dict(k=NEW, v=NEW)
+ROTARY = APPEND | dict(rotary_cos=COS, rotary_sin=COS)
+
+
+def cache(q: Tensor = QC, k_cache: Tensor = KC, v_cache: Tensor | None = None, **options: Any) -> Problem:
+    return problem.cache(q, k_cache, k_cache if v_cache is None else v_cache, **CACHE | options)
+
+
+def test_facts_of_a_cache() -> None:
+    plain = Problem(
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        batch=2,
+        seqlen_q=4,
+        seqlen_k=50,
+        heads_q=6,
+        heads_k=3,
+        head_dim=32,
+        softmax_scale=32**-0.5,
+        ragged=True,
+        max_seqlen_q=4,
+    )
+    assert cache() == cache(**ROTARY) == cache(cache_seqlens=None) == cache(num_splits=128) == plain
+    paged = replace(plain, seqlen_k=20, page_size=4)
+    assert cache(k_cache=PAGES, block_table=TABLE) == paged
+    assert cache(k_cache=PAGES, block_table=TABLE[:1], cache_batch_idx=USED) == paged
+    assert cache(cache_leftpad=USED) == replace(plain, left_padded=True)
+    assert cache(k_cache=KC[:1], cache_batch_idx=USED) == plain
+    assert cache(cache_seqlens=46, **APPEND) == plain
+    made = cache(causal=True, softcap=3.0, alibi_slopes=x(2, 6), softmax_scale=0.5)
+    assert (made.window_right, made.softcap, made.alibi, made.softmax_scale) == (0, 3.0, True, 0.5)
+
+
+def test_a_step_of_decoding_is_served_from_memory() -> None:
+    made = {id(cache(cache_seqlens=length, **APPEND)) for length in (0, 1, 30, np.int64(7))}
+    assert len(made) == 1
+
+
+def test_windows_of_a_cache() -> None:
+    """One that hides nothing is none, unless it tells where the queries are rotated."""
+    for window_size in ((49, -1), (-1, 3), (1000, 1000)):
+        made = cache(window_size=window_size)
+        assert made.window_left is made.window_right is None
+        made = cache(window_size=window_size, **ROTARY)
+        assert (made.window_left, made.window_right) != (None, None)
+    made = cache(QC[:, :1], causal=True, **ROTARY)  # one query: the same place either way
+    assert made.window_right is None
+
+
+CACHE_ERRORS = [
+    (dict(k_cache=None), TypeError, "k_cache must be a torch.Tensor"),
+    (dict(q=QP), ValueError, r"q must have 4 dimensions \(batch, seqlen_q, heads, head_dim\)"),
+    (dict(k_cache=KP), ValueError, r"k_cache must have 4 dimensions \(batch_cache, capacity"),
+    (dict(v_cache=x(3, 49, 3, 32)), ValueError, "k_cache and v_cache must have one shape"),
+    (dict(k_cache=KC.half()), ValueError, "q, k_cache and v_cache must have one dtype"),
+    (dict(k_cache=x(3, 50, 3, 64)), ValueError, "q, k_cache and v_cache must have one head_dim"),
+    (dict(k_cache=x(3, 50, 4, 32)), ValueError, r"heads of q \(6\) .* heads of k_cache \(4\)"),
+    (dict(k_cache=KC[:1]), ValueError, "k_cache must have at least 2 rows for 2 sequences, not 1"),
+    (dict(k_cache=PAGES, block_table=TABLE[:1]), ValueError, "block_table must have at least 2 rows"),
+    (dict(k_cache=PAGES, block_table=TABLE[0]), ValueError, "block_table must have 2 dimensions"),
+    (dict(k_cache=PAGES[:, :0], block_table=TABLE), ValueError, "k_cache must have at least one page"),
+    (dict(k=[1.0], v=NEW), TypeError, "k must be a torch.Tensor, not list"),
+    (dict(k=NEW), ValueError, "k and v must be given together"),
+    (dict(v=NEW), ValueError, "k and v must be given together"),
+    (dict(k=NEW, v=NEW[:, :3]), ValueError, "k and v must have one shape"),
+    (dict(k=NEW[:1], v=NEW[:1]), ValueError, r"k must have shape .* = \(2, \*, 3, 32\), not \(1, 4, 3, 32\)"),
+    (dict(k=NEW.half(), v=NEW), ValueError, "k must be torch.float32 on cpu, as q is, not torch.float16"),
+    (dict(cache_seqlens=None, **APPEND), ValueError, "cache_seqlens must be given with k and v"),
+    (dict(cache_seqlens=USED.long()), TypeError, "cache_seqlens must be torch.int32"),
+    (dict(cache_seqlens=x(3, dtype=torch.int32)), ValueError, r"cache_seqlens .* = \(2\), not \(3,\)"),
+    (dict(cache_seqlens=2.0), TypeError, "cache_seqlens must be a torch.Tensor, not float"),
+    (dict(cache_seqlens=51), ValueError, "cache_seqlens must be in 0 to 50, not 51"),
+    (dict(cache_seqlens=-1), ValueError, "cache_seqlens must be in 0 to 50, not -1"),
+    (dict(cache_seqlens=47, **APPEND), ValueError, r"cache_seqlens \+ 4 new keys must be in 0 to 50, not 47"),
+    (dict(cache_batch_idx=x(3, dtype=torch.int32)), ValueError, "cache_batch_idx must have shape"),
+    (dict(cache_leftpad=x(2)), TypeError, "cache_leftpad must be torch.int32"),
+    (dict(rotary_cos=COS, rotary_sin=COS), ValueError, "rotary_cos and rotary_sin need k and v"),
+    (dict(rotary_cos=COS, **APPEND), ValueError, "rotary_cos and rotary_sin must be given together"),
+    (ROTARY | dict(rotary_sin=COS[:49]), ValueError, "rotary_cos and rotary_sin must have one shape"),
+    (ROTARY | dict(rotary_cos=COS.half()), ValueError, "rotary_cos must be torch.float32"),
+    (ROTARY | dict(rotary_cos=COS[0]), ValueError, "rotary_cos must have 2 dimensions"),
+    (ROTARY | dict(rotary_cos=COS[:, :4], rotary_sin=COS[:, :4]), ValueError, "multiple of 16 .*, not 8"),
+    (ROTARY | dict(rotary_cos=COS[:, :0], rotary_sin=COS[:, :0]), ValueError, "multiple of 16 .*, not 0"),
+    (ROTARY | dict(rotary_cos=COS[:0], rotary_sin=COS[:0]), ValueError, "at least one row"),
+    (ROTARY | dict(rotary_cos=x(50, 24), rotary_sin=x(50, 24)), ValueError, "at most head_dim, 32, not 48"),
+    (ROTARY | dict(rotary_cos=COS[:9], rotary_sin=COS[:9], cache_seqlens=6), ValueError, "at least 10 rows"),
+    (dict(rotary_interleaved=2), ValueError, "rotary_interleaved must be a bool"),
+    (dict(num_splits=-1), ValueError, r"num_splits must be in 0 \(automatic\) to 128, not -1"),
+    (dict(num_splits=129), ValueError, "num_splits must be in 0"),
+    (dict(num_splits=1.0), TypeError, "num_splits must be an int, not float"),
+    (dict(q=x(2, 4, 6, 32).requires_grad_()), ValueError, "flash_attn_with_kvcache has no gradient"),
+    (dict(window_size=(1,)), ValueError, "window_size must have two"),
+    (dict(softcap=None), TypeError, "softcap must be a number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, error, message", CACHE_ERRORS, ids=[case[2] for case in CACHE_ERRORS])
+def test_cache_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        cache(**arguments)
+    assert raised.value.__context__ is None
