@@ -1,0 +1,145 @@
+"""flash_attn_with_kvcache behind the API: append to the cache, then attention to it."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mini_flash_attention import compile, config, cpu, cpu_cache, decode, dispatch
+from mini_flash_attention.problem import CacheUpdate, Layout, Problem
+
+
+def forward(
+    problem: Problem,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int | None,
+    layout: Layout,
+    update: CacheUpdate | None,
+    alibi_slopes: Tensor | None,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q).
+
+    cache_seqlens counts the keys before the append; None: the whole cache is used.
+    """
+    plan = attention_plan(problem, num_splits, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
+    if plan is None:
+        with torch.autocast(problem.device.type, enabled=False):
+            return forward_cpu(problem, q, k_cache, v_cache, cache_seqlens, layout, update, alibi_slopes)
+    keys, added = problem.seqlen_k, 0
+    if isinstance(cache_seqlens, Tensor):
+        layout = layout._replace(seqused_k=cache_seqlens)
+    elif cache_seqlens is not None:
+        keys = int(cache_seqlens)
+    if update is not None:
+        q = append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
+        added = update.k.shape[1]
+    ragged = dispatch.ragged_arguments(problem, layout, keys, added)
+    return dispatch.forward_ragged(plan, problem, q, k_cache, v_cache, alibi_slopes, ragged, None)
+
+
+def forward_cpu(
+    problem: Problem,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int | None,
+    layout: Layout,
+    update: CacheUpdate | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One sequence after the other, without splits."""
+    if cache_seqlens is not None:
+        added = 0
+        if update is not None:
+            q = cpu_cache.append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
+            added = update.k.shape[1]
+        layout = layout._replace(seqused_k=cpu_cache.lengths(problem, cache_seqlens) + added)
+    return cpu.forward(problem, q, k_cache, v_cache, alibi_slopes, None, layout)
+
+
+@functools.lru_cache(maxsize=4096)
+def attention_plan(
+    problem: Problem, num_splits: int, forced: str | None
+) -> decode.DecodePlan | dispatch.ForwardPlan | None:
+    """Decoding, or the forward kernels, where the queries are so many; None: on the CPU backend."""
+    path = dispatch.choose(problem.device, forced)
+    if path == "cpu":
+        return None
+    dispatch.check_supported(problem)
+    num_sms = torch.cuda.get_device_properties(problem.device).multi_processor_count
+    if num_splits > 1 or decode.pays(problem, path, num_sms):
+        return decode.plan(problem, num_splits)
+    return dispatch.forward_plan(problem, forced)
+
+
+def append(
+    problem: Problem,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    layout: Layout,
+    update: CacheUpdate,
+) -> Tensor:
+    """cpu_cache.append on the GPU, by a kernel where it can; layout.seqused_k: cache_seqlens if a tensor."""
+    if not appendable(problem, q, k_cache, v_cache, update):
+        return cpu_cache.append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
+    keys = 0 if isinstance(cache_seqlens, Tensor) else int(cache_seqlens)
+    ragged = dispatch.ragged_arguments(problem, layout, keys, 0)
+    rotary = "none"
+    if update.rotary_cos is not None:
+        rotary = "interleaved" if update.interleaved else "halves"
+    return append_plan(problem, rotary).run(q, k_cache, v_cache, ragged, update)
+
+
+def appendable(problem: Problem, q: Tensor, k_cache: Tensor, v_cache: Tensor, update: CacheUpdate) -> bool:
+    """Whether kv_append.py has something to do, and can read and write it all in pieces of 16 bytes."""
+    if problem.head_dim % config.ELEMENTS or 0 in (problem.batch, problem.seqlen_k, update.k.shape[1]):
+        return False
+    if not dispatch.ready(q, k_cache, v_cache, update.k, update.v):
+        return False
+    tables = () if update.rotary_cos is None else (update.rotary_cos, update.rotary_sin)
+    return all(table.data_ptr() % 16 == 0 for table in tables)
+
+
+class AppendPlan(NamedTuple):
+    """The kernel that appends, for all calls of one problem."""
+
+    launch: Callable
+    device: int
+    advance: int  # whether each query is rotated to a position of its own
+
+    def run(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        ragged: tuple,
+        update: CacheUpdate,
+    ) -> Tensor:
+        """q, rotated as the update says."""
+        if torch._C._cuda_getDevice() != self.device:
+            with torch.cuda.device(self.device):
+                return self.run(q, k_cache, v_cache, ragged, update)
+        if update.rotary_cos is None:
+            self.launch(update.k, update.v, k_cache, v_cache, None, None, None, self.advance, ragged)
+            return q
+        out, rotary = torch.empty_like(q), (update.rotary_cos, update.rotary_sin)
+        self.launch(update.k, update.v, k_cache, v_cache, q, out, rotary, self.advance, ragged)
+        return out
+
+
+@functools.lru_cache(maxsize=4096)
+def append_plan(problem: Problem, rotary: str) -> AppendPlan:
+    device = problem.device.index
+    arch = config.gpu_arch(torch.cuda.get_device_capability(device))
+    dtype = str(problem.dtype).removeprefix("torch.")
+    kernel = compile.get(config.KvAppend(arch, dtype, rotary, int(problem.page_size > 0)))
+    advance = problem.window_left is not None or problem.window_right is not None
+    return AppendPlan(kernel, device, int(advance))

@@ -1,0 +1,370 @@
+"""How decoding is planned and cut up, and what its kernels are given; no GPU is needed."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mini_flash_attention import (
+    compile,
+    config,
+    cpu,
+    cpu_cache,
+    decode,
+    dispatch,
+    flash_attn_with_kvcache,
+    kvcache,
+)
+from mini_flash_attention.kernels.splits import split_blocks, visible_blocks
+from mini_flash_attention.problem import MAX_SPLITS, CacheUpdate, Layout, Problem
+
+CUDA = torch.device("cuda", 0)
+CALL = Problem(
+    dtype=torch.bfloat16,
+    device=CUDA,
+    batch=4,
+    seqlen_q=1,
+    seqlen_k=4096,
+    heads_q=32,
+    heads_k=8,
+    head_dim=128,
+    softmax_scale=0.125,
+    ragged=True,
+)
+
+ROWS = [row for arch in config.SHARED_MEMORY for row in config.decode_configs(arch)]
+
+
+# Index arithmetic
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [4, 16])
+def test_packed_rows_visit_the_blocks_that_they_see(group: int, rows: int) -> None:
+    tile_n = 4
+    lengths = itertools.product([1, 2, 5], [0, 1, 3, 4, 9, 16])
+    windows = itertools.product([0, 2, 7, 20], [0, 1, 6, 20])
+    for (seqlen_q, seqlen_k), (left, right) in itertools.product(lengths, windows):
+        for first_row in range(0, seqlen_q * group, rows):
+            queries = {r // group for r in range(first_row, min(first_row + rows, seqlen_q * group))}
+            first, last, free_first, free_end = visible_blocks(
+                first_row, rows, group, tile_n, seqlen_q, seqlen_k, left, right
+            )
+            assert 0 <= first <= last <= math.ceil(seqlen_k / tile_n)
+            for block in range(-(-seqlen_k // tile_n) + 1):
+                keys = range(block * tile_n, (block + 1) * tile_n)
+                seen = [
+                    j < seqlen_k and -left <= j - (i + seqlen_k - seqlen_q) <= right
+                    for i in queries
+                    for j in keys
+                ]
+                assert first <= block < last or not any(seen)
+                assert all(seen) or not free_first <= block < free_end
+
+
+def test_splits_cover_the_blocks_once() -> None:
+    for count, num_splits, min_blocks in itertools.product(range(40), (1, 2, 3, 7, 64), (1, 4)):
+        first = 5
+        parts = [
+            range(*split_blocks(split, num_splits, min_blocks, first, first + count))
+            for split in range(num_splits)
+        ]
+        assert [block for part in parts for block in part] == list(range(first, first + count))
+        lengths = [len(part) for part in parts if part]
+        assert not lengths or max(lengths) <= max(min_blocks, -(-count // num_splits))
+        assert all(length >= min_blocks for length in lengths[:-1])
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks"), [(8, 128), (8, 2048), (1, 16384), (128, 64), (576, 8), (512, 128), (70_000, 32)]
+)
+def test_splits_fill_the_gpu(tiles: int, blocks: int) -> None:
+    splits = decode.best_splits(tiles, 0.1, blocks, num_sms=132, resident=2)
+    assert 1 <= splits <= MAX_SPLITS
+    assert splits == 1 or blocks / splits >= decode.MIN_BLOCKS
+    assert blocks / splits <= decode.MAX_BLOCKS
+    assert tiles * splits >= min(0.9 * 132, tiles * blocks / decode.MIN_BLOCKS, tiles * MAX_SPLITS)
+    if tiles >= 4 * 132:
+        assert splits <= max(4, blocks / decode.MAX_BLOCKS)
+
+
+def test_short_caches_are_not_split() -> None:
+    for tiles in (1, 8, 1000):
+        for blocks in range(1, 2 * decode.MIN_BLOCKS):
+            assert decode.best_splits(tiles, 1.0, blocks, num_sms=132, resident=2) == 1
+
+
+def test_few_queries_are_decoded_many_are_not() -> None:
+    def pays(path: str = "sm90", **changes: Any) -> bool:
+        return decode.pays(replace(CALL, **changes), path, 132)
+
+    assert pays() and pays("sm80") and pays(batch=1000) and pays(seqlen_q=4, batch=1000)
+    assert pays(seqlen_q=16, heads_q=128, heads_k=1)
+    assert not pays(seqlen_q=4096) and not pays("sm80", seqlen_q=8192)
+    packed = {"packed_q": True, "seqlen_q": 1024, "batch": 64}
+    assert pays(**packed, max_seqlen_q=16)
+    assert not pays(**packed, max_seqlen_q=1024 - 63, heads_q=8)  # mostly one sequence
+
+
+def test_numbers_do_not_choose_the_kernel() -> None:
+    row = decode.decode_config(CALL, "sm_90a")
+    for changes in (
+        {"batch": 1},
+        {"seqlen_k": 77},
+        {"softmax_scale": -1.0},
+        {"heads_q": 8},
+        {"heads_q": 16, "heads_k": 1},
+        {"window_left": 5},
+        {"window_right": 0},
+        {"packed_q": True},
+        {"left_padded": True},
+        {"head_dim": 120},
+        {"seqlen_q": 3},
+    ):
+        assert decode.decode_config(replace(CALL, **changes), "sm_90a") == row
+    for page_size in (1, 16, 100):
+        assert decode.decode_config(replace(CALL, page_size=page_size), "sm_90a") == replace(row, page=1)
+    assert decode.decode_config(replace(CALL, seqlen_q=5), "sm_90a").tile_m == 64
+    assert decode.decode_config(replace(CALL, softcap=1.0, alibi=True), "sm_90a").score == "softcap_alibi"
+
+
+def test_tiles_fit() -> None:
+    for row in ROWS:
+        assert row.shared_memory <= config.SHARED_MEMORY[row.arch], row
+        assert row.resident >= 1
+        chunk = 2 * row.chunk * row.head_dim  # bytes
+        assert chunk % 1024 == 0  # a whole number of swizzle patterns
+        assert row.slots * row.key_warps * chunk == row.shared_memory  # the results fit where the ring was
+        assert row.slots >= 3  # one is read, one arrives, one is on the way
+        assert row.warp_rows % (4 if row.head_dim % 64 == 0 else 8) == 0 and row.warp_rows <= 32
+        assert row.row_warps == 1 or row.key_warps == 1  # a chunk's readers are a warp, or the thread block
+
+
+# What the kernels are given
+
+
+class Properties(NamedTuple):
+    major: int = 9
+    minor: int = 0
+    multi_processor_count: int = 4
+
+
+class Kernels:
+    """Stands in for the compiled ones: keeps what they are given, and computes with the CPU backend."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self.decoded: dict[str, Any] = {}
+        self.appended = False
+
+    def get(self, row: Any) -> Any:
+        self.rows.append(row)
+        return {"decode": self.decode, "kv_append": self.append}[row.kernel]
+
+    def problem(self, q: Tensor, k: Tensor, ragged: tuple, **changes: Any) -> tuple[Problem, Layout]:
+        *tensors, table, given, _, _, batch, longest = ragged
+        layout = Layout(*(x if given >> i & 1 else None for i, x in enumerate(tensors)))
+        paged, packed = self.rows[-1].page == 1, layout.cu_seqlens_q is not None
+        if paged:
+            layout = layout._replace(block_table=table)
+        capacity = k.shape[1] * (table.shape[1] if paged else 1)
+        facts = q.dtype, q.device, batch, q.shape[1], capacity, q.shape[2], k.shape[2], q.shape[3], 1.0
+        problem = Problem(*facts, ragged=True, packed_q=packed, page_size=k.shape[1] if paged else 0)
+        return replace(problem, max_seqlen_q=longest, **changes), layout
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        workspace: Tensor,
+        score: tuple,
+        left: int,
+        right: int,
+        ragged: tuple,
+        num_splits: int,
+        min_blocks: int,
+    ) -> None:
+        scale, softcap, slopes = score
+        assert scale > 0 and dispatch.ready(q, k, v, out) and lse.is_contiguous()
+        if num_splits > 1:
+            assert workspace.is_contiguous()
+            assert workspace.numel() == num_splits * lse.numel() * (q.shape[3] + 1)
+        window = {"window_left": left, "window_right": right}
+        options = {"softmax_scale": scale, "softcap": softcap or 0.0, "alibi": slopes is not None}
+        problem, layout = self.problem(q, k, ragged, **window, **options)
+        keys, added = ragged[7:9]
+        used = torch.full((problem.batch,), keys) if layout.seqused_k is None else layout.seqused_k
+        layout = layout._replace(seqused_k=used.int() + added)
+        if problem.packed_q:
+            q = q.squeeze(0)
+        expected, expected_lse = cpu.forward(problem, q, k, v, slopes, None, layout)
+        out.copy_(expected.view_as(out))
+        lse.copy_(expected_lse.view_as(lse))
+        self.decoded = {"q": q, "k": k, "window": (left, right), "splits": (num_splits, min_blocks)}
+
+    def append(
+        self,
+        k_new: Tensor,
+        v_new: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q: Tensor | None,
+        q_out: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        advance: int,
+        ragged: tuple,
+    ) -> None:
+        kind = self.rows[-1].rotary
+        assert (rotary is None) == (kind == "none") == (q is None)
+        queries = k_new if q is None else q
+        problem, layout = self.problem(queries, k, ragged, window_right=0 if advance else None)
+        update = CacheUpdate(k_new, v_new, *(rotary or (None, None)), kind == "interleaved")
+        seqlens = ragged[7] if layout.seqused_k is None else layout.seqused_k
+        rotated = cpu_cache.append(problem, queries, k, v, seqlens, layout, update)
+        if q_out is not None:
+            q_out.copy_(rotated)
+        self.appended = True
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """An H100 with 4 SMs, whose memory is the CPU's."""
+    kernels = Kernels()
+    monkeypatch.setattr(dispatch, "choose", lambda device, forced: "cpu" if forced == "cpu" else "sm90")
+    monkeypatch.setattr(compile, "get", kernels.get)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(dispatch, "unused_counter", lambda device: torch.empty(2, dtype=torch.int32))
+    for module, name in ((decode, "plan"), (kvcache, "attention_plan"), (kvcache, "append_plan")):
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    return kernels
+
+
+def check(
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int = 64,
+    seqlen_q: int = 1,
+    heads: tuple[int, int] = (4, 2),
+    page_size: int = 0,
+    new: int = 0,
+    rotary_dim: int = 0,
+    lengths: tuple[int, ...] | int | None = (7, 0, 40),
+    **options: Any,
+) -> None:
+    """Both ways of one call give the same, and leave the same in the cache."""
+    batch, capacity = 3, 48
+    q = torch.randn(batch, seqlen_q, heads[0], head_dim, dtype=torch.float16)
+    shape = (batch, capacity, heads[1], head_dim)
+    if page_size:
+        pages = capacity // page_size
+        shape = (batch * pages + 2, page_size, heads[1], head_dim)
+        options["block_table"] = torch.randperm(batch * pages).int().view(batch, pages)
+    k_cache, v_cache = (torch.randn(shape, dtype=torch.float16) for _ in range(2))
+    if new:
+        options["k"], options["v"] = (
+            torch.randn(batch, new, heads[1], head_dim, dtype=torch.float16) for _ in range(2)
+        )
+    if rotary_dim:
+        angles = torch.rand(capacity, rotary_dim // 2)
+        options["rotary_cos"], options["rotary_sin"] = angles.cos().half(), angles.sin().half()
+    if isinstance(lengths, tuple):
+        lengths = torch.tensor(lengths, dtype=torch.int32)
+    results = []
+    for backend in ("cpu", ""):
+        monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", backend)
+        caches = k_cache.clone(), v_cache.clone()
+        out = flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths, return_softmax_lse=True, **options)
+        results.append((*out, *caches))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("lengths", [(7, 0, 40), 13, None])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "seqlen_q": 3},
+        {"window_size": (5, 2), "seqlen_q": 4, "num_splits": 3},
+        {"softcap": 2.0, "alibi_slopes": torch.rand(4)},
+        {"alibi_slopes": torch.rand(3, 4)},
+        {"heads": (6, 1), "softmax_scale": -0.3},
+        {"head_dim": 59, "softmax_scale": 0.0, "num_splits": 2},
+        {"cache_batch_idx": torch.tensor([2, 0, 1], dtype=torch.int32)},
+    ],
+    ids=str,
+)
+def test_the_kernel_is_given_the_call(
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    page_size: int,
+    lengths: tuple[int, ...] | int | None,
+    options: dict[str, Any],
+) -> None:
+    check(monkeypatch, page_size=page_size, lengths=lengths, **options)
+    assert kernels.decoded["splits"][0] == options.get("num_splits", 1)
+
+
+def test_left_padding_is_given(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, cache_leftpad=torch.tensor([2, 0, 11], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("lengths", [(7, 0, 40), 13])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rotary_dim": 32},
+        {"rotary_dim": 64, "rotary_interleaved": False, "causal": True, "seqlen_q": 3, "new": 3},
+    ],
+    ids=str,
+)
+def test_the_append_kernel_is_given_the_update(
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    page_size: int,
+    lengths: tuple[int, ...] | int,
+    options: dict[str, Any],
+) -> None:
+    check(monkeypatch, page_size=page_size, lengths=lengths, **{"new": 2, **options})
+    assert kernels.appended
+
+
+@pytest.mark.parametrize("options", [{"head_dim": 59}, {"new": 0, "lengths": (7, 0, 40)}], ids=str)
+def test_what_the_append_kernel_cannot_do_takes_another_way(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    check(monkeypatch, **{"new": 2, **options})
+    assert not kernels.appended
+
+
+def test_a_length_on_the_host_makes_no_tensor(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, lengths=13, new=1)
+    monkeypatch.setattr(torch, "full", lambda *_, **__: pytest.fail("a tensor was filled"))
+    q = torch.randn(3, 1, 4, 64, dtype=torch.float16)
+    k = torch.randn(3, 48, 2, 64, dtype=torch.float16)
+    monkeypatch.setattr(kernels, "decode", lambda *_: None)
+    flash_attn_with_kvcache(q, k, k.clone(), cache_seqlens=13)
+
+
+def test_many_queries_take_the_forward_kernels(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(dispatch, "forward_plan", lambda problem, forced: asked.append(problem) or "plan")
+    call = replace(CALL, seqlen_q=4096)
+    assert kvcache.attention_plan(call, 0, None) == kvcache.attention_plan(call, 1, None) == "plan"
+    assert asked == [call, call]
+    monkeypatch.setattr(decode, "plan", lambda problem, num_splits: num_splits)
+    assert kvcache.attention_plan(call, 2, None) == 2
