@@ -4,7 +4,14 @@ import itertools
 
 import pytest
 
-from mini_flash_attention.kernels.blocks import key_blocks, query_blocks, unmasked_blocks, walk
+from mini_flash_attention.kernels.blocks import (
+    in_swaths,
+    key_blocks,
+    query_blocks,
+    unmasked_blocks,
+    unmasked_queries,
+    walk,
+)
 
 LIMITS = (None, 0, 1, 3, 9)
 
@@ -42,6 +49,8 @@ def test_ranges_match_their_definition(tile_m: int, tile_n: int) -> None:
             for n in range(n_blocks):
                 visited = range(*query_blocks(n, *arguments))
                 assert list(visited) == [m for m in range(m_blocks) if meets(m, n)]
+                free = range(*unmasked_queries(n, *arguments))
+                assert list(free) == [m for m in range(m_blocks) if whole(m, n)]
 
 
 def check_walk(ends: tuple[int, int, int, int], visited: list[int], free: list[int], limited: bool) -> None:
@@ -54,3 +63,11 @@ def check_walk(ends: tuple[int, int, int, int], visited: list[int], free: list[i
     assert set(free_part) == set(free) - {start}
     if start < free_end:
         assert start in free
+
+
+def test_swaths_visit_each_block_once() -> None:
+    for blocks, heads, swath in itertools.product((1, 2, 5), (1, 3, 7, 8), (1, 2, 3, 8)):
+        visited = [in_swaths(tile, blocks, heads, swath) for tile in range(blocks * heads)]
+        assert sorted(visited) == sorted(itertools.product(range(blocks), range(heads)))
+        order = [(head // swath, block, head) for block, head in visited]
+        assert order == sorted(order)

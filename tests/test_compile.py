@@ -30,7 +30,7 @@ def label(row: ForwardConfig) -> str:
 def all_compiled() -> None:
     """Fills the cache, in parallel. A kernel that fails here fails again in its own test."""
     try:
-        compile.precompile(CONFIGS)
+        compile.precompile([*CONFIGS, *BACKWARD])
     except RuntimeError as error:
         print(error, file=sys.stderr)
 
@@ -41,6 +41,71 @@ def test_every_kernel_compiles_without_a_stack(row: ForwardConfig, all_compiled:
     kernels = resources(compile.library(row))
     assert kernels
     assert max(kernel.stack_bytes for kernel in kernels) <= row.stack
+
+
+BACKWARD = [
+    config.backward_sm90("sm_90a", dtype, head_dim, mask, deterministic)
+    for head_dim in config.SM90_BACKWARD_TILES
+    for dtype in config.DTYPES
+    for mask in config.MASKS
+    for deterministic in ((False, True) if dtype == "bfloat16" else (False,))
+]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: f"{label(row)}-{row.deterministic}")
+def test_every_hopper_backward_compiles_without_a_stack(row: config.BackwardSm90, all_compiled: None) -> None:
+    kernels = resources(compile.library(row))
+    assert len(kernels) == 3  # bwd_delta, bwd_sm90, bwd_convert
+    assert max(kernel.stack_bytes for kernel in kernels) == 0
+    assert row.shared_memory + 512 <= config.SHARED_MEMORY[row.arch]  # 512 bytes are enough for the barriers
+
+
+@pytest.mark.parametrize("head_dim", config.SM90_BACKWARD_TILES)
+def test_dq_tiles_are_read_as_they_are_written(head_dim: int) -> None:
+    from mini_flash_attention.kernels import bwd_convert
+
+    row = config.backward_sm90("sm_90a", "bfloat16", head_dim, "full", False)
+    chunks = [bwd_convert.offset(row, r, c) for r in range(row.tile_m) for c in range(head_dim // 8)]
+    assert sorted(chunks) == list(range(0, row.tile_m * head_dim, 8))
+    rows, cols = row.dq_piece
+    assert [bwd_convert.offset(row, r, cols // 8 - 1) // (rows * cols) for r in range(rows)] == [0] * rows
+    for r in range(0, rows, 4):  # one 32-byte chunk of each of four rows: 128 bytes, all banks
+        banks = {bwd_convert.offset(row, r + i, 0) % 32 for i in range(4)}
+        assert len(banks) == 4
+
+
+# Every row of the decode tables, once plain, once with pages, once with all that a score function can be.
+DECODE = [
+    config.decode(arch, dtype, head_dim, rows, score, page)
+    for arch in ARCHS
+    for head_dim in config.HEAD_DIMS
+    for rows in (16, 64)
+    for dtype, score, page in (
+        ("bfloat16", "plain", 0),
+        ("bfloat16", "plain", 1),
+        ("float16", "softcap_alibi", 1),
+    )
+]
+APPEND = [row for arch in ARCHS for row in config.append_configs(arch)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "row",
+    DECODE,
+    ids=lambda row: f"{row.arch}-{row.dtype}-{row.head_dim}-{row.tile_m}-{row.score}-{row.page}",
+)
+def test_every_decode_kernel_compiles_without_a_stack(row: config.Decode) -> None:
+    kernels = resources(compile.library(row))
+    assert len(kernels) == 2  # decode, combine
+    assert max(kernel.stack_bytes for kernel in kernels) == 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("row", APPEND, ids=lambda row: f"{row.arch}-{row.dtype}-{row.rotary}-{row.page}")
+def test_every_append_kernel_compiles_without_a_stack(row: config.KvAppend) -> None:
+    assert [kernel.stack_bytes for kernel in resources(compile.library(row))] == [0]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

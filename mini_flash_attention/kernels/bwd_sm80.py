@@ -1,0 +1,450 @@
+"""FlashAttention-2 backward (Dao 2023, arXiv 2307.08691, algorithm 2) with mma.sync: SM80 on.
+
+q, o, do, dq (B, Sq, Hq, D), k, v, dk, dv (B, Sk, Hkv, D), float16 or bfloat16, any strides with a unit last
+one; lse, dlse (B, Hq, Sq) float32. Three kernels: bwd_delta (statistics of the rows, dq_acc = 0), `kernel`,
+`convert_dQ` (dq = scale * dq_acc).
+
+A thread block of `kernel` owns tile_n keys of one key head. It walks the query blocks that see them, for
+each query head of the group. Two warps, a pair, work on the same 16 or 32 keys, each with one accumulator:
+
+    side 0    Sᵀ = K·Qᵀ      Pᵀ = exp(scale * Sᵀ - LSE)     dV += Pᵀ·dO
+    side 1    dPᵀ = V·dOᵀ    dSᵀ = Pᵀ * (dPᵀ - delta)       dK += dSᵀ·Q
+
+Tiles with keys as rows make Pᵀ and dSᵀ the A operands of the next product where they lie, in registers. The
+sides run the same instructions on other operands; then all warps together add dS·K to dq_acc.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+
+from mini_flash_attention.kernels import arguments, bwd_delta
+from mini_flash_attention.kernels.blocks import unmasked_queries
+from mini_flash_attention.kernels.bwd_schedule import Block, find_block, find_swath, turn
+from mini_flash_attention.kernels.fragments import (
+    as_operand_A,
+    convert,
+    quad_transpose,
+    rows_cols,
+    store_rows,
+)
+from mini_flash_attention.kernels.seqlen import Sizes
+from mini_flash_attention.kernels.sm80 import (
+    Operand,
+    add_to_global,
+    fetch,
+    gemm,
+    load_tile,
+    make_tiled_load,
+    make_tiled_mma,
+    opaque,
+    operand_A,
+    operand_B,
+    put,
+    source,
+)
+from mini_flash_attention.kernels.softmax import LOG2_E
+
+K, V = Q, DO = 0, 1  # which of two tiles in shared memory; side 0 multiplies K and Q, side 1 V and dO
+
+
+class Smem(NamedTuple):
+    KV: cute.Tensor  # (tile_n, d, 2)
+    QdO: cute.Tensor  # (tile_m, d, 2 * stages): Q and dO of the first slot, of the second
+    dS: cute.Tensor  # (tile_n, tile_m, stages): Pᵀ, which dSᵀ then overwrites
+    stats: cute.Tensor  # (tile_m, 2, stages) float32: -LSE / scale, -delta
+
+
+class Loader(NamedTuple):
+    """Where query blocks come from and go to."""
+
+    copy: cute.TiledCopy
+    mQ: cute.Tensor  # (b, sq, h, d)
+    mdO: cute.Tensor  # (b, sq, h, d)
+    mStats: cute.Tensor  # (b, h, m_blocks, 2, tile_m)
+    smem: Smem
+    batch: Int32
+    tidx: Int32
+
+
+class Work(NamedTuple):
+    """What one thread computes with."""
+
+    tiled_mma: cute.TiledMma  # the pairs, one below the other: keys as rows
+    tiled_mma_dQ: cute.TiledMma  # all warps
+    smem: Smem
+    acc_S: cute.Tensor  # ((2, 2), tile_n / (8 * warps), tile_m / 8): Sᵀ or dPᵀ
+    acc: cute.Tensor  # ((2, 2), tile_n / (8 * warps), d / 8): dV or dK
+    acc_dQ: cute.Tensor  # ((2, 2), tile_m / (16 * warps_m), d / (8 * warps / warps_m))
+    P: cute.Tensor  # ((2, 2, 2), tile_n / (8 * warps), tile_m / 16): Pᵀ or dSᵀ, 16 bits
+    mdQacc: cute.Tensor  # (b, h, m_blocks, tile_m * d)
+    mTurns: cute.Tensor  # (b, h, m_blocks)
+    scale_log2: Float32
+    batch: Int32
+    side: Int32
+    tidx: Int32
+
+    def in_side(self, config) -> Int32:
+        """The number of the thread in its side."""
+        return opaque(self.tidx) % (16 * config.warps)
+
+    def coords(self, config) -> cute.Tensor:
+        """(key, query) of each element of acc_S, as rows and columns."""
+        tile = cute.make_identity_tensor((config.tile_n, config.tile_m))
+        return rows_cols(self.tiled_mma.get_slice(self.in_side(config)).partition_C(tile))
+
+
+def transposed(x: cute.Tensor) -> cute.Tensor:
+    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0]))
+
+
+@cute.jit
+def load_queries(config: cutlass.Constexpr, x: Loader, head: Int32, m_block: Int32, slot: Int32):
+    """Start copying a block of Q and of dO and their statistics; rows beyond the last are zeros."""
+    tile = config.tile_m, config.head_dim
+    for i, mX in ((Q, x.mQ), (DO, x.mdO)):
+        gX = cute.local_tile(mX[opaque(x.batch), None, opaque(head), None], tile, (m_block, 0))
+        rows = mX.shape[1] - m_block * config.tile_m
+        load_tile(x.copy, gX, x.smem.QdO[None, None, 2 * slot + i], rows, mX.shape[3], x.tidx)
+    tidx = opaque(x.tidx)
+    if tidx < 2 * config.tile_m // 4:
+        flat = cute.make_layout(2 * config.tile_m)
+        gStats = cute.make_tensor(x.mStats[opaque(x.batch), head, m_block, None, None].iterator, flat)
+        sStats = cute.make_tensor(x.smem.stats[None, None, slot].iterator, flat)
+        atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=128)
+        cute.copy(atom, cute.local_tile(gStats, (4,), (tidx,)), cute.local_tile(sStats, (4,), (tidx,)))
+
+
+@cute.jit
+def arrive(groups: cutlass.Constexpr):
+    """Everybody's copies but the last `groups` have arrived, and everybody is done with what was read before."""
+    cute.arch.cp_async_wait_group(groups)
+    cute.arch.barrier()
+
+
+@cute.jit
+def seed(acc: cute.Tensor, sStat: cute.Tensor, lane: Int32):
+    """acc <- the statistic of each query, (tile_m): the product then comes out less it."""
+    columns = cute.make_layout((2, cute.size(sStat) // 8), stride=(1, 8))
+    values = cute.make_rmem_tensor(columns.shape, Float32)
+    cute.autovec_copy(cute.make_tensor(sStat.iterator + 2 * (lane % 4), columns), values)
+    view = rows_cols(acc)
+    for r in cutlass.range_constexpr(cute.size(view, mode=[0])):
+        for c in cutlass.range_constexpr(cute.size(view, mode=[1])):
+            view[r, c] = values[c]
+
+
+@cute.jit
+def mask(config: cutlass.Constexpr, sizes: Sizes, w: Work, m_block: Int32, n_block: Int32):
+    """acc_S <- -inf where a query may not see the key, or where there is no key; cf. mask.py."""
+    S, rc = rows_cols(w.acc_S), w.coords(config)
+    left, right = sizes.window(config.mask)
+    start = m_block * config.tile_m + rc[0, 0][1]  # query of this thread's first column
+    for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+        key = n_block * config.tile_n + rc[r, 0][0]
+        diagonal = key + sizes.seqlen_q - sizes.seqlen_k
+        begin = Int32(0) if key < sizes.seqlen_k else (m_block + 1) * config.tile_m
+        if const_expr(right is not None):
+            begin = cutlass.max(begin, diagonal - right)
+        begin = begin - start
+        for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+            S[r, c] = S[r, c] if (c // 2) * 8 + c % 2 >= begin else -Float32.inf
+        if const_expr(left is not None):
+            end = diagonal + left + 1 - start
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                S[r, c] = S[r, c] if (c // 2) * 8 + c % 2 < end else -Float32.inf
+
+
+@cute.jit
+def step(
+    config: cutlass.Constexpr, sizes: Sizes, block: Block, w: Work, head: Int32, m_block: Int32, slot: Int32
+):
+    """S and P or dP and dS of one query block, then dV or dK; dS is left in shared memory for dQ."""
+    X, Y = w.smem.QdO[None, None, 2 * slot + w.side], w.smem.QdO[None, None, 2 * slot + 1 - w.side]
+    p = operand_A(w.tiled_mma, w.smem.dS[None, None, slot])
+    p = Operand(w.P, p.copy, p.sX, p.chunk_bits)
+    in_side, pair = w.in_side(config), 1 + w.in_side(config) // 32
+    seed(w.acc_S, w.smem.stats[None, w.side, slot], opaque(w.tidx) % 32)
+    a = operand_A(w.tiled_mma, w.smem.KV[None, None, w.side])
+    gemm(w.tiled_mma, w.acc_S, a, operand_B(w.tiled_mma, X, transpose=False), in_side)
+    S = as_operand_A(w.acc_S)
+    if w.side == 0:
+        lengths = config.tile_m, config.tile_n, opaque(sizes.seqlen_q), opaque(sizes.seqlen_k)
+        free_first, free_last = unmasked_queries(opaque(block.n_block), *lengths, *sizes.window(config.mask))
+        if m_block < free_first or m_block >= free_last:
+            mask(config, sizes, w, m_block, block.n_block)
+        for i in cutlass.range_constexpr(cute.size(S)):
+            S[i] = cute.math.exp2(S[i] * w.scale_log2, fastmath=True)
+        convert(S, w.P)
+        put(w.tiled_mma, p, in_side)
+        cute.arch.barrier_arrive(barrier_id=pair, number_of_threads=64)  # P is there for side 1
+    else:
+        cute.arch.barrier(barrier_id=pair, number_of_threads=64)
+        place = source(p, in_side)
+        for k in cutlass.range_constexpr(cute.size(w.P, mode=[2])):
+            fetch(p, place, k)
+            P, dS = w.P[None, None, k], S[None, None, k]
+            for i in cutlass.range_constexpr(cute.size(P)):
+                dS[i] = dS[i] * P[i].to(Float32)
+            convert(dS, P)
+        put(w.tiled_mma, p, in_side)
+    gemm(w.tiled_mma, w.acc, Operand(w.P), operand_B(w.tiled_mma, transposed(Y), transpose=True), in_side)
+
+
+@cute.jit
+def add_dQ(
+    config: cutlass.Constexpr, sizes: Sizes, block: Block, w: Work, head: Int32, m_block: Int32, slot: Int32
+):
+    """dq_acc += dS·K of one query block."""
+    a = operand_A(w.tiled_mma_dQ, transposed(w.smem.dS[None, None, slot]), transpose=True)
+    b = operand_B(w.tiled_mma_dQ, transposed(w.smem.KV[None, None, K]), transpose=True)
+    w.acc_dQ.fill(0.0)
+    gemm(w.tiled_mma_dQ, w.acc_dQ, a, b, w.tidx)
+    turns = cute.local_tile(w.mTurns[opaque(w.batch), head, None], (1,), (m_block,)).iterator.llvm_ptr
+    if const_expr(config.deterministic):
+        lengths = sizes.of(opaque(sizes.seqlen_q), opaque(sizes.seqlen_k))
+        mine = config.warps * turn(config, lengths, opaque(block.n_block), m_block)
+        done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")  # warps that have added to this tile
+        while done < mine:
+            done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")
+    size = config.dq_vector
+    acc = w.mdQacc[opaque(w.batch), head, m_block, None].iterator + size * opaque(w.tidx)
+    for i in cutlass.range_constexpr(0, cute.size(w.acc_dQ), size):
+        values = [w.acc_dQ[i + j] for j in range(size)]
+        add_to_global(acc + i * 32 * config.warps, values)
+    if const_expr(config.deterministic):
+        cute.arch.fence_acq_rel_gpu()  # each lane's additions come before the warp's turn is over
+        cute.arch.sync_warp()
+        if opaque(w.tidx) % 32 == 0:
+            cute.arch.atomic_add(turns, Int32(1), sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def following(block: Block, head: Int32, m_block: Int32, steps: cutlass.Constexpr):
+    """The query block so many steps later, of the next head after the last one."""
+    for _ in cutlass.range_constexpr(steps):
+        end = m_block + 1 == block.last
+        head, m_block = head + 1 if end else head, block.first if end else m_block + 1
+    return head, m_block
+
+
+@cute.kernel
+def kernel(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    swath: Int32,
+    mQ: cute.Tensor,
+    mK: cute.Tensor,
+    mV: cute.Tensor,
+    mdO: cute.Tensor,
+    mStats: cute.Tensor,
+    mdQacc: cute.Tensor,
+    mdK: cute.Tensor,
+    mdV: cute.Tensor,
+    mTurns: cute.Tensor,
+    scale: Float32,
+    tiled_mma: cute.TiledMma,
+    tiled_mma_dQ: cute.TiledMma,
+    tiled_load: cute.TiledCopy,
+    layouts: tuple,
+):
+    tidx, _, _ = cute.arch.thread_idx()
+    # The same in all lanes: said for the compiler, which keeps what follows in uniform registers.
+    block = Block(*(cute.arch.make_warp_uniform(x) for x in find_block(config, sizes, swath)))
+    n_block, head_k, batch = block.n_block, block.head_kv, block.batch
+
+    allocator, dtype = SmemAllocator(), mQ.element_type
+    tiles = [allocator.allocate_tensor(dtype, x.outer, 1024, swizzle=x.inner) for x in layouts]
+    stats = cute.make_layout((config.tile_m, 2, config.stages))
+    smem = Smem(*tiles, allocator.allocate_tensor(Float32, stats, 128))
+    x = Loader(tiled_load, mQ, mdO, mStats, smem, batch, tidx)
+
+    side = cute.arch.make_warp_uniform(tidx // (16 * config.warps))
+    thr_mma = tiled_mma.get_slice(tidx % (16 * config.warps))
+    acc_S, acc = (
+        cute.make_rmem_tensor(thr_mma.partition_shape_C((config.tile_n, columns)), Float32)
+        for columns in (config.tile_m, config.head_dim)
+    )
+    acc_dQ = tiled_mma_dQ.get_slice(0).partition_shape_C((config.tile_m, config.head_dim))
+    w = Work(
+        tiled_mma,
+        tiled_mma_dQ,
+        smem,
+        acc_S,
+        acc,
+        cute.make_rmem_tensor(acc_dQ, Float32),
+        cute.make_rmem_tensor(as_operand_A(acc_S).shape, dtype),
+        mdQacc,
+        mTurns,
+        scale * Float32(LOG2_E),
+        batch,
+        side,
+        tidx,
+    )
+
+    for i, mX in ((K, mK), (V, mV)):
+        gX = cute.local_tile(mX[batch, None, head_k, None], (config.tile_n, config.head_dim), (n_block, 0))
+        rows = sizes.seqlen_k - n_block * config.tile_n
+        load_tile(tiled_load, gX, smem.KV[None, None, i], rows, mX.shape[3], tidx)
+    if const_expr(config.pdl):
+        cute.arch.griddepcontrol_wait()  # bwd_delta is done
+    first_head, end = head_k * sizes.group, (head_k + 1) * sizes.group
+    head = first_head if block.first < block.last else end
+    m_block, slot = block.first, Int32(0)
+    for ahead in cutlass.range_constexpr(config.stages):
+        next_head, next_block = following(block, head, m_block, ahead)
+        if next_head < end:
+            load_queries(config, x, next_head, next_block, Int32(ahead))
+        cute.arch.cp_async_commit_group()
+    acc.fill(0.0)
+    arrive(config.stages - 1)  # K, V and the first query block are here
+    while head < end:
+        step(config, sizes, block, w, head, m_block, slot)
+        arrive(0)  # dS is complete, the next query block here, and nobody reads this one any more
+        next_head, next_block = following(block, head, m_block, config.stages)
+        if next_head < end:
+            load_queries(config, x, next_head, next_block, slot)
+        cute.arch.cp_async_commit_group()
+        add_dQ(config, sizes, block, w, head, m_block, slot)
+        if const_expr(config.stages == 1):
+            arrive(0)  # the next query block is here, and nobody reads dS any more
+        head, m_block = following(block, head, m_block, 1)
+        slot = (slot + 1) % config.stages
+
+    rc = w.coords(config)
+    rows = cute.make_rmem_tensor(cute.size(rc, mode=[0]), Int32)
+    for r in cutlass.range_constexpr(cute.size(rows)):
+        rows[r] = n_block * config.tile_n + rc[r, 0][0]
+    factor = Float32(1.0) if side == 0 else scale
+    for i in cutlass.range_constexpr(cute.size(acc)):
+        acc[i] = acc[i] * factor
+    out = cute.make_rmem_tensor(acc.shape, dtype)
+    convert(acc, out)
+    if side == 0:
+        store_rows(out, mdV[batch, None, head_k, None], rows, tidx % 32)
+    else:
+        store_rows(out, mdK[batch, None, head_k, None], rows, tidx % 32)
+
+
+kernel.set_name_prefix("mfa_bwd_sm80", remove_cutlass_symbol=True)
+
+
+@cute.kernel
+def convert_dQ(
+    config: cutlass.Constexpr,
+    mdQacc: cute.Tensor,
+    mdQ: cute.Tensor,
+    scale: Float32,
+    tiled_mma_dQ: cute.TiledMma,
+):
+    """dQ = scale * dq_acc; a thread block for each query block, each thread reads what add_dQ's wrote."""
+    tidx, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    heads, m_blocks = mdQacc.shape[1], mdQacc.shape[2]
+    m_block, head, batch = block % m_blocks, block // m_blocks % heads, block // (m_blocks * heads)
+    if const_expr(config.pdl):
+        cute.arch.griddepcontrol_wait()  # the main kernel is done: dq_acc is complete
+    thr_mma = tiled_mma_dQ.get_slice(tidx)
+    tile = config.tile_m, config.head_dim
+    acc = cute.make_rmem_tensor(thr_mma.partition_shape_C(tile), Float32)
+    size = config.dq_vector
+    start = mdQacc[batch, head, m_block, None].iterator + size * tidx
+    layout = cute.make_layout((size, cute.size(acc) // size), stride=(1, 32 * config.warps * size))
+    flat = cute.make_tensor(acc.iterator, cute.make_layout(layout.shape))
+    cute.autovec_copy(cute.make_tensor(start, layout), flat)
+    for i in cutlass.range_constexpr(cute.size(acc)):
+        acc[i] = acc[i] * scale
+    dQ = cute.make_rmem_tensor(acc.shape, mdQ.element_type)
+    convert(acc, dQ)
+    rc = rows_cols(thr_mma.partition_C(cute.make_identity_tensor(tile)))
+    words = rows_cols(cute.recast_tensor(dQ, Int32))  # (rows, columns / 2)
+    gdQ = mdQ[batch, None, head, None]
+    out, q = cute.make_rmem_tensor(4, Int32), tidx % 4
+    # A quad has 2 rows of 2 times 8 columns: after a transpose, each of its threads has 8 of one row.
+    for r in cutlass.range_constexpr(0, cute.size(words, mode=[0]), 2):
+        for c in cutlass.range_constexpr(0, cute.size(words, mode=[1]), 2):
+            for i in cutlass.range_constexpr(4):
+                out[i] = words[r + i // 2, c + i % 2]
+            quad_transpose(out, q)
+            row = m_block * config.tile_m + (rc[r, 0][0] if q < 2 else rc[r + 1, 0][0])
+            column = (rc[0, 2 * c][1] if q % 2 == 0 else rc[0, 2 * c + 2][1]) // 8
+            if row < gdQ.shape[0] and 8 * column < gdQ.shape[1]:
+                cute.autovec_copy(
+                    cute.recast_tensor(out, dQ.element_type), cute.local_tile(gdQ[row, None], (8,), (column,))
+                )
+
+
+convert_dQ.set_name_prefix("mfa_bwd_convert", remove_cutlass_symbol=True)
+
+
+@cute.jit
+def launch(
+    mQ: cute.Tensor,
+    mK: cute.Tensor,
+    mV: cute.Tensor,
+    mO: cute.Tensor,
+    mdO: cute.Tensor,
+    mLSE: cute.Tensor,
+    mdLSE: cute.Tensor,
+    mStats: cute.Tensor,
+    mdQacc: cute.Tensor,
+    mdQ: cute.Tensor,
+    mdK: cute.Tensor,
+    mdV: cute.Tensor,
+    scale: Float32,
+    has_dlse: Int32,
+    window_left: Int32,
+    window_right: Int32,
+    mTurns: cute.Tensor,
+    config: cutlass.Constexpr,
+    stream,
+):
+    """The tensors are as in the module's first lines; stats, dq_acc and turns as in bwd_delta.py."""
+    dtype, d = mQ.element_type, config.head_dim
+    tile_m, tile_n, stages = config.tile_m, config.tile_n, config.stages
+    batch, seqlen_q, heads, _ = mQ.shape
+    group = heads // mK.shape[2]
+    sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
+    layouts = (
+        hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (tile_n, tile_m, d), dtype, 2),
+        hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (tile_m, tile_n, d), dtype, 2 * stages),
+        hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (tile_n, d, tile_m), dtype, stages),
+    )
+    tiled_mma_dQ = make_tiled_mma(dtype, config.warps_m, config.warps // config.warps_m)
+    bwd_delta.launch(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, scale, has_dlse, stream)
+    tiles, threads = cute.ceil_div(mK.shape[1], tile_n) * (heads // group) * batch, 32 * config.warps
+    kernel(
+        config,
+        sizes,
+        find_swath(config, sizes),
+        mQ,
+        mK,
+        mV,
+        mdO,
+        mStats,
+        mdQacc,
+        mdK,
+        mdV,
+        mTurns,
+        scale,
+        make_tiled_mma(dtype, config.warps // 2),
+        tiled_mma_dQ,
+        make_tiled_load(dtype, threads, d),
+        layouts,
+    ).launch(grid=(tiles, 1, 1), block=(threads, 1, 1), stream=stream, use_pdl=config.pdl)
+    convert_dQ(config, mdQacc, mdQ, scale, tiled_mma_dQ).launch(
+        grid=(mdQacc.shape[2] * heads * batch, 1, 1),
+        block=(threads, 1, 1),
+        stream=stream,
+        use_pdl=config.pdl,
+    )
+
+
+def fake_arguments(config) -> tuple:
+    return (*arguments.backward(config), config, arguments.stream())

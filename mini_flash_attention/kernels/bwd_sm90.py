@@ -1,0 +1,370 @@
+"""FlashAttention backward for Hopper: a thread block for each block of 128 keys, four warpgroups (WGs).
+
+q, o, do, dq (B, Sq, Hq, D); k, v, dk, dv (B, Sk, Hkv, D); lse (B, Hq, Sq) float32; float16 or bfloat16, any
+strides with a unit last one. Three kernels: bwd_delta prepares the rows' statistics, this one does the work,
+bwd_convert rounds dQ.
+
+A thread block keeps its keys' dK and dV in registers and walks the query blocks that see them, for all query
+heads of the group. Two consumer WGs own 64 keys each: Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ are (keys, queries) tiles, so
+that Pᵀ and dSᵀ are born in registers as the A operands of dV += Pᵀ·dO and dK += dSᵀ·Q. dS goes through shared
+memory to the third WG, which computes dQ = dS·K and adds it to dq_acc in global memory. The fourth loads. The
+consumers never wait for each other: they drift apart until the exponentials of one run under the products of
+the other.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass.block import block_copy
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+
+from mini_flash_attention.kernels import arguments, bwd_convert, bwd_delta, bwd_sm90_wide
+from mini_flash_attention.kernels.blocks import query_blocks, unmasked_queries
+from mini_flash_attention.kernels.bwd_schedule import Block, find_block, find_swath
+from mini_flash_attention.kernels.bwd_sm90_parts import (
+    CONSUMER_WGS,
+    CONSUMERS,
+    DQ_WARP,
+    LOAD_WARP,
+    THREADS,
+    Mmas,
+    Shared,
+    compute_dq,
+    exponentials,
+    hand_over,
+    mask,
+    produce,
+    seed,
+    thread_stats,
+    transposed,
+)
+from mini_flash_attention.kernels.fragments import as_operand_A, convert
+from mini_flash_attention.kernels.seqlen import Sizes
+from mini_flash_attention.kernels.sm90 import Tma, init_rings, make_ring, make_tma, release, wgmma
+from mini_flash_attention.kernels.softmax import LOG2_E
+
+
+class Work(NamedTuple):
+    """What one consumer warp computes with."""
+
+    wg: Int32
+    lane: Int32
+    tidx: Int32
+    mmas: Mmas
+    tSrK: cute.Tensor  # A of K·Qᵀ: descriptors (MMA, 1, d / 16)
+    tSrQ: cute.Tensor  # B: descriptors (MMA, 1, d / 16, stages)
+    tdPrV: cute.Tensor  # A of V·dOᵀ: descriptors (MMA, 1, d / 16)
+    tdPrdO: cute.Tensor  # B: descriptors (MMA, 1, d / 16, do_stages)
+    tdVrdO: cute.Tensor  # B of Pᵀ·dO: descriptors (MMA, 1, tile_m / 16, do_stages)
+    tdKrQ: cute.Tensor  # B of dSᵀ·Q: descriptors (MMA, 1, tile_m / 16, stages)
+    acc_S: cute.Tensor  # ((2, 2, tile_m / 8), 1, 1): rows are keys, columns queries
+    acc_dP: cute.Tensor
+    acc_dV: cute.Tensor  # ((2, 2, d / 8), 1, 1)
+    acc_dK: cute.Tensor
+    stats: cute.Tensor  # this thread's columns of sStats: ((2, tile_m / 8), 2, stages)
+    store_dS: cute.TiledCopy
+    tdSsdS: cute.Tensor  # (COPY, 1, tile_m / 16, 2)
+    scale_log2: Float32
+
+
+@cute.jit
+def step(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    s: Shared,
+    w: Work,
+    it: Int32,
+    key: Int32,
+    query: Int32,
+    masked: Boolean,
+):
+    """One query block: dV and dK grow, dS goes to the dQ WG. The other WG's products run under all this."""
+    slot, do_slot = s.q_ring.slot(it), s.do_ring.slot(it)
+    s.q_ring.wait_full(it)
+    s.ds_ring.wait_empty(it)  # dS of two blocks ago is read; not later: a wait under a wgmma costs registers
+    seed(w.acc_S, w.stats[None, 0, slot])
+    wgmma(w.mmas.sdp, w.acc_S, w.tSrK, w.tSrQ[None, None, None, slot], True)
+    warpgroup.wait_group(0)  # S
+    if masked:
+        mask(config, sizes, w.acc_S, key, query)
+    exponentials(w.acc_S, w.scale_log2)
+    P = cute.make_rmem_tensor(w.acc_S.layout, s.sQ.element_type)
+    convert(w.acc_S, P)
+    s.do_ring.wait_full(it)
+    seed(w.acc_dP, w.stats[None, 1, slot])
+    wgmma(w.mmas.sdp, w.acc_dP, w.tdPrV, w.tdPrdO[None, None, None, do_slot], True)
+    wgmma(w.mmas.dkv, w.acc_dV, as_operand_A(P), w.tdVrdO[None, None, None, do_slot], True)
+    warpgroup.wait_group(1)  # dP; dV runs on
+    # From the rounded P: the float32 one's registers are gone.
+    w.acc_dP.store(P.load().to(Float32) * w.acc_dP.load())
+    dS = cute.make_rmem_tensor(w.acc_dP.layout, s.sQ.element_type)
+    convert(w.acc_dP, dS)
+    hand_over(s, w, it, dS)
+    wgmma(w.mmas.dkv, w.acc_dK, as_operand_A(dS), w.tdKrQ[None, None, None, slot], True)
+    warpgroup.wait_group(1)  # dV: dO may be overwritten
+    release(s.do_ring, it, w.lane)
+    warpgroup.wait_group(0)  # dK: Q and stats may be overwritten
+    release(s.q_ring, it, w.lane)
+
+
+@cute.jit
+def skip(s: Shared, w: Work, it: Int32):
+    """A query block that sees none of this WG's keys: its dS is zero."""
+    dS = cute.make_rmem_tensor(w.acc_dP.layout, s.sQ.element_type)
+    dS.fill(0.0)
+    s.q_ring.wait_full(it)  # a slot is not released before it was filled: rounds do not overtake each other
+    s.do_ring.wait_full(it)
+    s.ds_ring.wait_empty(it)
+    hand_over(s, w, it, dS)
+    release(s.do_ring, it, w.lane)
+    release(s.q_ring, it, w.lane)
+
+
+@cute.jit
+def consume(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    block: Block,
+    s: Shared,
+    w: Work,
+    dk: Tma,
+    dv: Tma,
+    scale: Float32,
+):
+    """A consumer warp."""
+    w.acc_dV.fill(0.0)
+    w.acc_dK.fill(0.0)
+    lengths = config.tile_m, 64, sizes.seqlen_q, sizes.seqlen_k
+    half = CONSUMER_WGS * block.n_block + w.wg  # this WG's block of 64 keys
+    first, last = block.first, block.last
+    if const_expr(config.mask != "full"):
+        first, last = query_blocks(half, *lengths, *sizes.window(config.mask))
+    free_first, free_last = unmasked_queries(half, *lengths, *sizes.window(config.mask))
+    key = half * 64 + w.tidx % 128 // 32 * 16 + w.lane // 4
+    s.k_ring.wait_full(Int32(0))
+    s.v_ring.wait_full(Int32(0))
+    it = Int32(0)
+    for _ in cutlass.range(sizes.group, unroll=1):
+        for _ in cutlass.range(first - block.first, unroll=1):
+            skip(s, w, it)
+            it += 1
+        for m_block in cutlass.range(first, last, unroll=1):
+            masked = m_block >= free_last
+            if const_expr(config.mask != "full"):
+                masked = masked | (m_block < free_first)
+            query = m_block * config.tile_m + 2 * (w.lane % 4)
+            step(config, sizes, s, w, it, key, query, masked)
+            it += 1
+        for _ in cutlass.range(block.last - last, unroll=1):
+            skip(s, w, it)
+            it += 1
+    store(config, block, s, w, dk, dv, scale)
+
+
+@cute.jit
+def store(config: cutlass.Constexpr, block: Block, s: Shared, w: Work, dk: Tma, dv: Tma, scale: Float32):
+    """dV through V's shared memory, dK through Q's: the dQ WG may still be reading K."""
+    dtype = s.sQ.element_type
+    sdV = s.sV[None, None, 0]  # (tile_n, d)
+    sdK = cute.make_tensor(s.sQ.iterator, sdV.layout)  # (tile_n, d)
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), dtype)
+    thr_store = cute.make_tiled_copy_C(atom, w.mmas.dkv).get_slice(w.tidx)
+    for i in cutlass.range_constexpr(cute.size(w.acc_dK)):
+        w.acc_dK[i] = w.acc_dK[i] * scale
+    cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=256)  # both WGs are done with V and Q
+    for acc, sX in ((w.acc_dV, sdV), (w.acc_dK, sdK)):
+        X = cute.make_rmem_tensor(acc.layout, dtype)
+        convert(acc, X)
+        cute.copy(atom, thr_store.retile(X), thr_store.partition_D(sX))
+    cute.arch.fence_view_async_shared()  # dV, dK: generic writes, read by TMA
+    cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=256)  # both tiles are complete
+    if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
+        for x, sX in ((dv, sdV), (dk, sdK)):
+            gX = x.tensor[None, None, block.head_kv, block.batch]  # (sk, D)
+            gX = cute.local_tile(gX, (config.tile_n, config.head_dim), (block.n_block, 0))
+            block_copy(x.atom, cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2))
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory must outlive the reads
+
+
+def make_work(config, s: Shared, mmas: Mmas, scale_log2: Float32) -> Work:
+    tidx, _, _ = cute.arch.thread_idx()
+    wg = cute.arch.make_warp_uniform(tidx // 128)
+    lane = cute.arch.lane_idx()
+    # Sliced by the WG, not by the thread: descriptors stay in uniform registers.
+    sdp, dkv = mmas.sdp.get_slice(wg * 128), mmas.dkv.get_slice(wg * 128)
+    acc_S, acc_dP = (
+        cute.make_rmem_tensor(sdp.partition_shape_C((config.tile_n, config.tile_m)), Float32)
+        for _ in range(2)
+    )
+    acc_dV, acc_dK = (
+        cute.make_rmem_tensor(dkv.partition_shape_C((config.tile_n, config.head_dim)), Float32)
+        for _ in range(2)
+    )
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), s.sQ.element_type)
+    store_dS = cute.make_tiled_copy_C(atom, mmas.sdp).get_slice(tidx)
+    return Work(
+        wg=wg,
+        lane=lane,
+        tidx=tidx,
+        mmas=mmas,
+        tSrK=sdp.make_fragment_A(sdp.partition_A(s.sK[None, None, 0])),
+        tSrQ=sdp.make_fragment_B(sdp.partition_B(s.sQ)),
+        tdPrV=sdp.make_fragment_A(sdp.partition_A(s.sV[None, None, 0])),
+        tdPrdO=sdp.make_fragment_B(sdp.partition_B(s.sdO)),
+        tdVrdO=dkv.make_fragment_B(dkv.partition_B(transposed(s.sdO))),
+        tdKrQ=dkv.make_fragment_B(dkv.partition_B(transposed(s.sQ))),
+        acc_S=acc_S,
+        acc_dP=acc_dP,
+        acc_dV=acc_dV,
+        acc_dK=acc_dK,
+        stats=thread_stats(config, s, lane),
+        store_dS=store_dS,
+        tdSsdS=store_dS.partition_D(s.sdSt),
+        scale_log2=scale_log2,
+    )
+
+
+class Layouts(NamedTuple):
+    """Of tiles in shared memory."""
+
+    sQ: cute.ComposedLayout
+    sdO: cute.ComposedLayout
+    sK: cute.ComposedLayout  # and V, dK, dV
+    sdSt: cute.ComposedLayout
+
+
+@cute.kernel
+def kernel(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    swath: Int32,
+    q: Tma,
+    k: Tma,
+    v: Tma,
+    do: Tma,
+    dk: Tma,
+    dv: Tma,
+    mStats: cute.Tensor,
+    mdQacc: cute.Tensor,
+    mTurns: cute.Tensor,
+    scale: Float32,
+    mmas: Mmas,
+    layouts: Layouts,
+):
+    warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    smem = SmemAllocator()
+    dtype = arguments.element_type(config)
+    sQ, sdO, sK, sV, sdSt = (
+        smem.allocate_tensor(dtype, layout.outer, 1024, swizzle=layout.inner)
+        for layout in (layouts.sQ, layouts.sdO, layouts.sK, layouts.sK, layouts.sdSt)
+    )
+    rows, cols = config.dq_piece
+    sdQ = smem.allocate_tensor(Float32, cute.make_layout((rows * cols, 2)), 1024)
+    sStats = smem.allocate_tensor(Float32, cute.make_layout((2 * config.tile_m, config.stages)), 128)
+    loaded = tuple(make_ring(smem, n) for n in (config.stages, config.do_stages, 1, 1))
+    sP, p_ring, ds_ring = None, None, make_ring(smem, 2)
+    if const_expr(config.wide):
+        sP, p_ring = bwd_sm90_wide.allocate_P(config, smem, dtype), make_ring(smem, 2)
+    s = Shared(sQ, sdO, sK, sV, sdSt, sdQ, sStats, *loaded, ds_ring, sP, p_ring)
+    if warp_idx == 0:
+        with cute.arch.elect_one():  # each warp that reads a slot releases it once
+            init_rings(loaded, 4 * CONSUMER_WGS)
+            if const_expr(config.wide):  # WG 1 makes dS, from WG 0's P
+                init_rings((ds_ring, p_ring), 4, 4)
+            else:
+                init_rings((ds_ring,), 4, 4 * CONSUMER_WGS)
+        for x in (q, k, v, do, dk, dv):
+            cpasync.prefetch_descriptor(x.atom)
+    cute.arch.barrier()  # the mbarriers are there
+    cute.arch.griddepcontrol_launch_dependents()  # bwd_convert may start: it waits for this kernel
+    block = find_block(config, sizes, swath)
+    consumer, dq, loader = config.registers
+    if warp_idx >= LOAD_WARP:
+        cute.arch.setmaxregister_decrease(loader)
+        if warp_idx == LOAD_WARP:
+            produce(config, sizes, block, q, k, v, do, mStats, s)
+    elif warp_idx >= DQ_WARP:
+        cute.arch.setmaxregister_decrease(dq)
+        compute_dq(config, sizes, block, mmas.dq, mdQacc, mTurns, s)
+    else:
+        cute.arch.setmaxregister_increase(consumer)
+        if const_expr(config.wide):
+            bwd_sm90_wide.consume(config, sizes, block, mmas, s, dk, dv, scale)
+        else:
+            w = make_work(config, s, mmas, scale * Float32(LOG2_E))
+            consume(config, sizes, block, s, w, dk, dv, scale)
+
+
+kernel.set_name_prefix("mfa_bwd_sm90", remove_cutlass_symbol=True)
+
+
+@cute.jit
+def launch(
+    mQ: cute.Tensor,
+    mK: cute.Tensor,
+    mV: cute.Tensor,
+    mO: cute.Tensor,
+    mdO: cute.Tensor,
+    mLSE: cute.Tensor,
+    mdLSE: cute.Tensor,
+    mStats: cute.Tensor,
+    mdQacc: cute.Tensor,
+    mdQ: cute.Tensor,
+    mdK: cute.Tensor,
+    mdV: cute.Tensor,
+    scale: Float32,
+    has_dlse: Int32,
+    window_left: Int32,
+    window_right: Int32,
+    mTurns: cute.Tensor,
+    config: cutlass.Constexpr,
+    stream,
+):
+    """Tensors as in the module's first lines and bwd_delta's, numbers as in dispatch.py.
+
+    mdLSE is read if has_dlse; batch, heads and lengths are not 0.
+    """
+    batch, seqlen_q, heads, _ = mQ.shape
+    group = heads // mK.shape[2]
+    sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
+    dtype = mQ.element_type
+    m, n, d = config.tile_m, config.tile_n, config.head_dim
+    sQ, sdO = (
+        hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (n, m, d), dtype, stages)
+        for stages in (config.stages, config.do_stages)
+    )
+    sK = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (n, m, d), dtype, 1)
+    sdSt = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (n, d, m), dtype, 2)
+    K, MN, make_mma = OperandMajorMode.K, OperandMajorMode.MN, hopper.make_trivial_tiled_mma
+    wgs, RMEM = (n // 64, 1, 1), warpgroup.OperandSource.RMEM
+    mmas = Mmas(
+        sdp=make_mma(dtype, dtype, K, K, Float32, wgs, (64, m)),
+        # 256 columns in one instruction take more registers than 512 threads start with.
+        dkv=make_mma(dtype, dtype, K, MN, Float32, wgs, (64, d if d < 256 else 128), RMEM),
+        dq=make_mma(dtype, dtype, MN, MN, Float32, (1, 1, 1), (64, config.dq_piece[1])),
+    )
+    g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+    q, do = (make_tma(g2s, x, layout, (m, d)) for x, layout in ((mQ, sQ), (mdO, sdO)))
+    k, v = (make_tma(g2s, x, sK, (n, d)) for x in (mK, mV))
+    dk, dv = (make_tma(s2g, x, sK, (n, d)) for x in (mdK, mdV))
+    bwd_delta.launch(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, scale, has_dlse, stream)
+    swath = find_swath(config, sizes)
+    layouts = Layouts(sQ, sdO, sK, sdSt)
+    kernel(config, sizes, swath, q, k, v, do, dk, dv, mStats, mdQacc, mTurns, scale, mmas, layouts).launch(
+        grid=(cute.ceil_div(sizes.seqlen_k, n) * (heads // group) * batch, 1, 1),
+        block=(THREADS, 1, 1),
+        min_blocks_per_mp=1,
+        stream=stream,
+        use_pdl=config.pdl,
+    )
+    bwd_convert.launch(config, mdQacc, mdQ, scale, stream)
+
+
+def fake_arguments(config) -> tuple:
+    return (*arguments.backward(config), config, arguments.stream())
