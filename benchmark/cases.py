@@ -1,5 +1,6 @@
 """The problems that are timed: what a case is, what it costs, and the suites made of cases."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ _PASSES = {"fwd": 1.0, "bwd": 2.5, "fwdbwd": 3.5}
 class Case:
     """One problem, named as in the columns of the result files. Lengths are tokens a sequence."""
 
-    suite: str  # prefill, cpu or overhead; accuracy for cases that are not timed
+    suite: str  # prefill, varlen, decode, cpu or overhead; accuracy for cases that are not timed
     direction: str  # fwd, bwd or fwdbwd
     dtype: str  # a key of DTYPES
     batch: int
@@ -25,33 +26,40 @@ class Case:
     head_dim: int
     causal: bool
     variant: str = "plain"
+    lengths: tuple[int, ...] = ()  # of sequences packed one behind the other; seqlen_* is the longest
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the two matrix products; causal is half, exactly."""
-        forward = 4 * self.batch * self.heads_q * self.seqlen_q * self.seqlen_k * self.head_dim
+        """Floating-point operations of the matrix products; causal is half, exactly."""
+        scores = sum(length**2 for length in self.lengths) or self.batch * self.seqlen_q * self.seqlen_k
+        forward = 4 * self.heads_q * scores * self.head_dim
         return forward * _PASSES[self.direction] * (0.5 if self.causal else 1.0)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of K and V, each read once."""
-        tokens = self.batch * self.seqlen_k
+        tokens = sum(self.lengths) or self.batch * self.seqlen_k
         return 2 * tokens * self.heads_k * self.head_dim * DTYPES[self.dtype].itemsize
 
     def inputs(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k and v of shape (batch, seqlen, heads, head_dim), normally distributed, seeded."""
+        """q, k and v, normally distributed, seeded: (batch, seqlen, heads, head_dim), packed (tokens, …)."""
         torch.manual_seed(0)
-        shape_q = (self.batch, self.seqlen_q, self.heads_q, self.head_dim)
-        shape_k = (self.batch, self.seqlen_k, self.heads_k, self.head_dim)
+        tokens_q, tokens_k = ((sum(self.lengths),),) * 2 if self.lengths else self._tokens()
+        shape_q = (*tokens_q, self.heads_q, self.head_dim)
+        shape_k = (*tokens_k, self.heads_k, self.head_dim)
         gradients = self.direction != "fwd"
         options = dict(device=device, dtype=DTYPES[self.dtype], requires_grad=gradients)
         q, k, v = (torch.randn(shape, **options) for shape in (shape_q, shape_k, shape_k))
         return q, k, v
 
+    def _tokens(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.batch, self.seqlen_q), (self.batch, self.seqlen_k)
+
     def __str__(self) -> str:
         lengths, heads = pair(self.seqlen_q, self.seqlen_k), pair(self.heads_q, self.heads_k)
         shape = f"B={self.batch} S={lengths} H={heads} D={self.head_dim}"
-        return f"{self.direction} {self.dtype} {shape} {'causal' if self.causal else 'full'}"
+        kind = "" if self.variant == "plain" else f" {self.variant}"
+        return f"{self.direction} {self.dtype} {shape} {'causal' if self.causal else 'full'}{kind}"
 
 
 def pair(queries: int, keys: int) -> str:
@@ -81,11 +89,63 @@ def sweep(device: str) -> Iterator[Case]:
                 for seqlen in (512, 1024, 4096):
                     yield square("cpu", direction, "fp32", (1, seqlen, 8, 64), causal)
         return
+    yield from _prefill("fwd", (512, 1024, 2048, 4096, 8192, 16384))
+
+
+def backward(device: str) -> Iterator[Case]:
+    """The gradients alone and with the forward pass. On a CPU the sweep has them."""
+    if device != "cpu":
+        for direction in ("bwd", "fwdbwd"):
+            yield from _prefill(direction, (1024, 4096, 16384))
+
+
+def _prefill(direction: str, lengths: tuple[int, ...]) -> Iterator[Case]:
     for head_dim in (64, 128, 256):
         for causal in (False, True):
-            for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
+            for seqlen in lengths:
                 shape = (16384 // seqlen, seqlen, 2048 // head_dim, head_dim)
-                yield square("prefill", "fwd", "bf16", shape, causal)
+                yield square("prefill", direction, "bf16", shape, causal)
+
+
+def varlen(device: str) -> Iterator[Case]:
+    """32k packed tokens, forward and backward: eight equal sequences, and a long-tailed batch."""
+    if device != "cpu":
+        for direction in ("fwd", "bwd"):
+            yield _packed(direction, "plain", (4096,) * 8)
+            yield _packed(direction, "longtail", longtail(tokens=32768, longest=16384))
+
+
+def _packed(direction: str, variant: str, lengths: tuple[int, ...]) -> Case:
+    batch, longest = len(lengths), max(lengths)
+    shape = (batch, longest, longest, 16, 16, 128)
+    return Case("varlen", direction, "bf16", *shape, causal=True, variant=variant, lengths=lengths)
+
+
+def longtail(tokens: int, longest: int) -> tuple[int, ...]:
+    """Log-normal lengths, the same ones each time: a median near 400, and a few of many thousands."""
+    draw = random.Random(0)
+    lengths = []
+    while left := tokens - sum(lengths):
+        lengths.append(min(left, longest, 1 + int(draw.lognormvariate(6, 1.5))))
+    return tuple(lengths)
+
+
+def decode(device: str) -> Iterator[Case]:
+    """One new token a sequence: multi-head, grouped and multi-query attention over caches; one eager."""
+    if device == "cpu":
+        return
+    for batch, heads_q, heads_k, seqlen_k in (
+        (24, 24, 24, 512),
+        (24, 24, 24, 2048),
+        (24, 24, 24, 8192),
+        (1, 32, 8, 8192),
+        (1, 32, 8, 131072),
+        (16, 32, 8, 4096),
+        (64, 32, 8, 8192),
+        (128, 16, 1, 8192),
+    ):
+        yield Case("decode", "fwd", "bf16", batch, 1, seqlen_k, heads_q, heads_k, 128, False)
+    yield Case("decode", "fwd", "bf16", 1, 1, 8192, 32, 8, 128, False, variant="eager")
 
 
 def overhead(device: str) -> list[Case]:

@@ -1,60 +1,85 @@
 """One case, every implementation: errors, times, rows, and a line on the screen."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
 
-import torch
-
-from benchmark import exactness, results, timing
+from benchmark import results, timing, workloads
 from benchmark.cases import Case
-from benchmark.peers import Implementation, Implementations
+from benchmark.peers import Implementations
+from benchmark.workloads import Contestant
 
-_OVERHEAD_CALLS = 2000  # over all rounds
+_HOST_CALLS = 2000  # over all rounds, where the host's time is what counts
+
+
+class Measured(NamedTuple):
+    """The rows of a case, and the names of those that could not do it."""
+
+    rows: list[results.Row]
+    failed: list[str]
 
 
 def measure(
     case: Case, implementations: Implementations, run: results.Run, device: str, rounds: int
-) -> list[results.Row]:
-    """The rows of a case; an implementation that fails gives a printed line instead."""
-    inputs = case.inputs(device)
-    timed, errors = {}, {}
-    with torch.no_grad():
-        exact = exactness.oracle(*exactness.one_head(*inputs), case.causal)
-    for name, impl in implementations.items():
-        call = _call(case, impl, inputs)
-        try:
-            with impl.scope():
-                out = call()
-        except Exception as failure:  # whatever a peer raises, the others go on
-            print(f"  {name} fails: {type(failure).__name__}: {failure}".splitlines()[0])
-            continue
-        timed[name] = timing.Timed(call, impl.scope)
-        forward = case.direction == "fwd"
-        errors[name] = exactness.distance(out[:1, :, :1], exact) if forward else None
-    of_host = device == "cpu" or case.suite == "overhead"
-    iterations = -(-_OVERHEAD_CALLS // rounds) if case.suite == "overhead" else None
-    if device == "cuda":
-        timing.heat()
-    clock = timing.host_ms if of_host else timing.device_ms
-    times = timing.in_turn(timed, clock, rounds, iterations)
-    return [results.row(run, case, name, times[name], errors[name]) for name in timed]
+) -> Measured:
+    """An implementation that fails gives a printed line instead of a row."""
+    timed, errors, failed = {}, {}, []
+    with timing.stream(device):
+        for one in workloads.contestants(case, implementations, device):
+            try:
+                with one.scope():
+                    out = one.call()
+                    errors[one] = one.error(out) if one.error else None
+                    timed[one] = timing.Timed(_timed_call(case, one, device), one.scope)
+            except Exception as failure:  # whatever a peer raises, the others go on
+                print(f"  {one.name} fails: {_reason(failure)}", flush=True)
+                failed.append(one.name)
+        if device == "cuda":
+            timing.heat()
+        of_host = results.is_host_time(case) or device == "cpu"
+        clock = timing.host_ms if of_host else timing.device_ms
+        iterations = -(-_HOST_CALLS // rounds) if results.is_host_time(case) else None
+        times = timing.in_turn(timed, clock, rounds, iterations)
+    rows = []
+    for one, (ms, spread) in times.items():
+        variant, of_one = replace(case, variant=one.variant), timing.Timing(ms / one.problems, spread)
+        rows.append(results.row(run, variant, one.impl, of_one, errors[one]))
+    return Measured(rows, failed)
 
 
-def _call(case: Case, impl: Implementation, inputs: tuple[torch.Tensor, ...]) -> timing.Call:
-    if case.direction == "fwd":
-        return lambda: impl.call(*inputs, case.causal)
-    dout = torch.randn_like(inputs[0])
-    return lambda: torch.autograd.grad(impl.call(*inputs, case.causal), inputs, dout)
+def _timed_call(case: Case, one: Contestant, device: str) -> timing.Call:
+    """Decoding and backward passes by graph replay, since some would wait for the host otherwise."""
+    if device == "cpu" or results.is_host_time(case) or (case.suite, case.direction) == ("prefill", "fwd"):
+        return one.call
+    try:
+        return timing.captured(one.call)
+    except Exception as failure:
+        if case.suite == "decode":  # too short: the host's time would be most of it
+            raise
+        print(f"  {one.name} is timed without a graph: {_reason(failure)}", flush=True)
+        return one.call
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
 def line(rows: Iterable[results.Row]) -> str:
-    """The rows of one case, in the unit of its suite, fastest marked by a star."""
+    """The rows of one case, in the unit of its suite, fastest marked by a star.
+
+    A variant beside its plain implementation has its ratio to that one in brackets.
+    """
     rows = list(rows)
     if not rows:
         return "no implementation ran"
-    metric = results.METRICS[rows[0].suite]
-    best = metric.best(map(metric.of, rows))
-    cells = [
-        f"{row.impl} {metric.of(row):.{metric.digits}f}{'*' if metric.of(row) == best else ''}"
-        for row in rows
-    ]
+    metric = results.metric(rows[0])
+    values = [metric.of(row) for row in rows]
+    best, first = metric.best(values), rows[0]
+    cells = []
+    for row, value in zip(rows, values, strict=True):
+        cell = f"{row.impl} {metric.text(row)}{'*' if value == best else ''}"
+        if row.variant != first.variant:
+            ratio = f" [{metric.ratio(value, values[0]):.3f}]" if row.impl == first.impl else ""
+            cell = f"{row.impl} {row.variant} {metric.text(row)}{ratio}"
+        cells.append(cell)
     return f"{' | '.join(cells)} {metric.unit}"

@@ -1,9 +1,10 @@
-"""The implementations that are compared, each behind one signature."""
+"""The implementations that are compared, each behind the same signatures."""
 
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mini_flash_attention import flash_attn_func
+import mini_flash_attention
 
 NAMES = ("mini", "mini-sm80", "sdpa-flash", "sdpa-cudnn", "fa2", "fa3", "fa4")
 _PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
@@ -19,13 +20,19 @@ BACKEND = "MINI_FLASH_ATTENTION_BACKEND"
 
 
 class Implementation(NamedTuple):
-    """`call(q, k, v, causal)` takes and returns (batch, seqlen, heads, head_dim) tensors.
+    """Functions that take and return (batch, seqlen, heads, head_dim) tensors, None where it has none.
 
+    `call(q, k, v, causal)`: attention; ours takes flash_attn's other keywords too.
+    `varlen(q, k, v, cu_seqlens, longest)`: causal self-attention of packed (tokens, heads, head_dim)
+    sequences; sequence i is cu_seqlens[i] to cu_seqlens[i + 1].
+    `decode(q, k, v, seqlens)`: k and v are a cache; ours takes its block_table too.
     `scope()` is entered around many calls, so that choosing a backend is not timed with them.
     """
 
-    call: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    call: Callable[..., Tensor]
     scope: Callable[[], AbstractContextManager] = nullcontext
+    varlen: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None = None
+    decode: Callable[..., Tensor] | None = None
 
 
 Implementations = Mapping[str, Implementation]
@@ -44,22 +51,32 @@ def available(device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
 
 def _make(name: str, device: str) -> Implementation:
     if name == "mini":
-        return Implementation(_mini)
+        return Implementation(_mini, varlen=_mini_varlen, decode=_mini_decode)
     if name == "sdpa-flash":
-        return Implementation(_sdpa, lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+        return _pytorch(SDPBackend.FLASH_ATTENTION)
     if device == "cpu":
         raise RuntimeError("needs a GPU")
     if name == "sdpa-cudnn":
-        return Implementation(_sdpa, lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION))
+        return _pytorch(SDPBackend.CUDNN_ATTENTION)
     if name == "mini-sm80":
         if torch.cuda.get_device_capability() != (9, 0):
             raise RuntimeError("is what mini runs on this GPU")
-        return Implementation(_mini, forced_sm80)
-    return _official(importlib.import_module(_PACKAGES[name]).flash_attn_func)
+        # It has no decode: that kernel is the same one on every GPU.
+        return Implementation(_mini, forced_sm80, _mini_varlen)
+    return _official(importlib.import_module(_PACKAGES[name]))
 
 
-def _mini(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    return flash_attn_func(q, k, v, causal=causal)
+def _mini(q: Tensor, k: Tensor, v: Tensor, causal: bool, **options: object) -> Tensor:
+    return mini_flash_attention.flash_attn_func(q, k, v, causal=causal, **options)
+
+
+def _mini_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    lengths = (cu_seqlens, cu_seqlens, longest, longest)
+    return mini_flash_attention.flash_attn_varlen_func(q, k, v, *lengths, causal=True)
+
+
+def _mini_decode(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: Tensor) -> Tensor:
+    return mini_flash_attention.flash_attn_with_kvcache(q, k, v, cache_seqlens=seqlens, **options)
 
 
 @contextmanager
@@ -72,16 +89,37 @@ def forced_sm80() -> Iterator[None]:
         os.environ.pop(BACKEND) if before is None else os.environ.update({BACKEND: before})
 
 
+def _pytorch(backend: SDPBackend) -> Implementation:
+    return Implementation(_sdpa, lambda: sdpa_kernel(backend), decode=_whole_cache(_sdpa))
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    options = {"is_causal": causal, "enable_gqa": q.shape[2] != k.shape[2]}
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
-def _official(function: Callable) -> Implementation:
+def _whole_cache(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decoding without a cache's function: the timed caches are full, so it is plain attention."""
+    return lambda q, k, v, seqlens: attention(q, k, v, False)
+
+
+def _official(package: ModuleType) -> Implementation:
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return _out(package.flash_attn_func(q, k, v, causal=causal))
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens)
+        lengths |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), longest)
+        return _out(package.flash_attn_varlen_func(q, k, v, **lengths, causal=True))
+
+    def decode(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor) -> Tensor:
+        return _out(package.flash_attn_with_kvcache(q, k, v, cache_seqlens=seqlens))
+
+    has_cache = hasattr(package, "flash_attn_with_kvcache")
+    return Implementation(attention, varlen=varlen, decode=decode if has_cache else _whole_cache(attention))
+
+
+def _out(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Some versions return `out`, some `(out, lse)`."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        out = function(q, k, v, causal=causal)
-        return out[0] if isinstance(out, tuple) else out
-
-    return Implementation(call)
+    return result[0] if isinstance(result, tuple) else result

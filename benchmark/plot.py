@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmark.results import METRICS, Row
+from benchmark.results import Row, metric
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
@@ -18,14 +18,14 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
     figure = Figure(figsize=(6 * columns, 4 * lines), layout="constrained")
     figure.suptitle(f"{rows[0].gpu}, PyTorch {rows[0].torch}, {rows[0].date}")
     for number, panel in enumerate(panels, 1):
-        first, metric = panel[0], METRICS[panel[0].suite]
+        first, shown = panel[0], metric(panel[0])
         axis = figure.add_subplot(lines, columns, number)
         for impl in dict.fromkeys(row.impl for row in panel):
-            points = {row.seqlen_k: metric.of(row) for row in panel if row.impl == impl}
+            points = {row.seqlen_k: shown.of(row) for row in panel if row.impl == impl}
             axis.plot(points.keys(), points.values(), marker="o", label=impl)
         mask = "causal" if first.causal else "full"
         axis.set_title(f"{first.direction}, {first.dtype}, head dim {first.head_dim}, {mask}")
-        axis.set(xlabel="length", ylabel=metric.unit, ylim=(0, None))
+        axis.set(xlabel="length", ylabel=shown.unit, ylim=(0, None))
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -34,9 +34,11 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _panels(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that differ in length and implementation only, where there are two lengths or more."""
+    """Rows of sweeps that differ in length and implementation only, where there are two lengths or more."""
     panels: dict[tuple, list[Row]] = {}
     for row in rows:
-        kind = (row.suite, row.direction, row.variant, row.dtype)
+        if row.suite not in ("prefill", "cpu") or row.variant != "plain":
+            continue
+        kind = (row.suite, row.direction, row.dtype)
         panels.setdefault((*kind, row.heads_q, row.head_dim, row.causal), []).append(row)
     return [panel for panel in panels.values() if len({row.seqlen_k for row in panel}) > 1]

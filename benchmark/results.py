@@ -48,25 +48,46 @@ class Metric(NamedTuple):
 
     unit: str
     of: Callable[[Row], float]
-    digits: int
+    text: Callable[[Row], str]
     best: Callable[[Iterable[float]], float]
 
+    def ratio(self, one: float, other: float) -> float:
+        """How many times as fast one is as the other."""
+        return one / other if self.best is max else other / one
 
-METRICS = {
-    "prefill": Metric("TFLOP/s", lambda row: row.tflops, 0, max),
-    "cpu": Metric("ms", lambda row: row.ms, 1, min),
-    "overhead": Metric("µs", lambda row: 1e3 * row.ms, 1, min),
+
+_HOST_TIME = Metric("µs", lambda row: 1e3 * row.ms, lambda row: f"{1e3 * row.ms:.1f}", min)
+_WORK_RATE = Metric("TFLOP/s", lambda row: row.tflops, lambda row: f"{row.tflops:.0f}", max)
+_METRICS = {
+    "prefill": _WORK_RATE,
+    "varlen": _WORK_RATE,
+    "decode": Metric(
+        "GB/s (µs)", lambda row: row.gbps, lambda row: f"{row.gbps:.0f} ({1e3 * row.ms:.1f})", max
+    ),
+    "cpu": Metric("ms", lambda row: row.ms, lambda row: f"{row.ms:.1f}", min),
+    "overhead": _HOST_TIME,
 }
+SUITES = tuple(_METRICS)
+
+
+def metric(row: Row) -> Metric:
+    """What counts in a row."""
+    return _HOST_TIME if is_host_time(row) else _METRICS[row.suite]
+
+
+def is_host_time(case: Case | Row) -> bool:
+    """Whether the time is what the host spends on a call, rather than the device."""
+    return case.suite == "overhead" or (case.suite, case.variant) == ("decode", "eager")
 
 
 def row(run: Run, case: Case, impl: str, timing: Timing, max_error: float | None) -> Row:
-    """Puts a measurement together. An overhead has no throughput."""
-    rates = {"tflops": None, "gbps": None}
-    if case.suite != "overhead":
-        rates["tflops"] = case.flops / timing.ms / 1e9
-        rates["gbps"] = case.kv_bytes / timing.ms / 1e6
-    facts = asdict(run) | asdict(case) | timing._asdict() | rates
-    return Row(**facts | {"causal": int(case.causal), "impl": impl, "max_error": max_error})
+    """Puts a measurement together. The host's time has no throughput."""
+    facts = asdict(run) | asdict(case) | timing._asdict()
+    facts |= {"causal": int(case.causal), "impl": impl, "max_error": max_error}
+    of_host = is_host_time(case)
+    facts["tflops"] = None if of_host else case.flops / timing.ms / 1e9
+    facts["gbps"] = None if of_host else case.kv_bytes / timing.ms / 1e6
+    return Row(**{name: facts[name] for name in HEADER})
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:

@@ -11,10 +11,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmark import cases, classic, exactness, machine, peers, plot, results
+from benchmark import cases, classic, exactness, machine, memory, peers, plot, results
 from benchmark.measure import line, measure
 
-SECTIONS = ("accuracy", "classic", "sweep", "overhead")
+SWEEPS = {
+    "sweep": cases.sweep,
+    "backward": cases.backward,
+    "varlen": cases.varlen,
+    "decode": cases.decode,
+}
+SECTIONS = ("accuracy", "classic", *SWEEPS, "overhead", "memory")
 FILTERS = {"D": "head_dim", "S": "seqlen_k", "causal": "causal", "direction": "direction"}
 
 
@@ -37,16 +43,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     timed = _timed_cases(args, device)
     rounds = args.rounds or (8 if device == "cuda" else 5)
-    rows, failed = [], set()
+    rows, failed = [], []
     if timed:
-        print("\nSpeed: all in turn, medians; * is the fastest")
+        print("\nSpeed: all in turn, medians; * is the fastest, [ratio to the plain kernel]")
     for number, case in enumerate(timed, 1):
         measured = measure(case, chosen, run, device, rounds)
-        print(f"  [{number}/{len(timed)}] {case}: {line(measured)}", flush=True)
-        rows += measured
-        failed |= {name for name in chosen if name.startswith("mini")} - {r.impl for r in measured}
+        print(f"  [{number}/{len(timed)}] {case.suite} {case}: {line(measured.rows)}", flush=True)
+        rows += measured.rows
+        failed += [name for name in measured.failed if name.startswith("mini")]
         if args.csv:
-            results.append(args.csv, measured)
+            results.append(args.csv, measured.rows)
+    if "memory" in args.sections and device == "cuda":
+        print("\nPeak memory beyond q, k and v", flush=True)
+        memory.show(chosen)
 
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -58,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    only = f"{', '.join(SECTIONS)}; for the sweep also D=64,128 S=4096 causal=1 direction=fwd"
+    words = "D=64,128 S=4096 causal=1 direction=bwd"
+    only = f"{', '.join(SECTIONS)}; of {', '.join(SWEEPS)} only some cases: {words}"
     add("--only", nargs="+", default=[], metavar="WORD", help=only)
     add("--impls", type=lambda text: text.split(","), default=peers.NAMES, help="such as mini,fa4")
     add("--rounds", type=int, help="how often each is timed (8 on a GPU, 5 on a CPU)")
@@ -80,10 +90,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _timed_cases(args: argparse.Namespace, device: str) -> list[cases.Case]:
-    """The cases of the chosen sections, those of the sweep filtered."""
+    """The cases of the chosen sections, those of the sweeps filtered."""
     timed = list(cases.classic(device)) if "classic" in args.sections else []
-    if "sweep" in args.sections:
-        timed += [case for case in cases.sweep(device) if _passes(case, args.filters)]
+    for section, make in SWEEPS.items():
+        if section in args.sections:
+            timed += [case for case in make(device) if _passes(case, args.filters)]
     if "overhead" in args.sections:
         timed += cases.overhead(device)
     return timed

@@ -5,14 +5,16 @@ Here every implementation of a case is timed in every round, in an order that ro
 to round, on a warm chip; what is reported is the median over the rounds.
 """
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, TypeVar
 
 import torch
 
+Name = TypeVar("Name", bound=Hashable)
 Call = Callable[[], object]
 Clock = Callable[[Call, int], float]  # (call, iterations) -> milliseconds a call
 SLICE_MS = 12.0  # of one implementation in one round
@@ -33,8 +35,8 @@ class Timing(NamedTuple):
 
 
 def in_turn(
-    timed: Mapping[str, Timed], clock: Clock, rounds: int, iterations: int | None = None
-) -> dict[str, Timing]:
+    timed: Mapping[Name, Timed], clock: Clock, rounds: int, iterations: int | None = None
+) -> dict[Name, Timing]:
     """Times each of `timed`, already called once, in every round.
 
     One slice is `iterations` calls, or as many as fill SLICE_MS.
@@ -83,6 +85,30 @@ def host_ms(call: Call, iterations: int) -> float:
     elapsed = time.perf_counter() - start
     synchronize()
     return 1e3 * elapsed / iterations
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph, whose replay costs the host nothing; call it once before.
+
+    Raises whatever the call does that a capture does not allow.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        call()
+    return graph.replay
+
+
+def stream(device: str) -> AbstractContextManager:
+    """The stream to time in, since the default one can't be captured.
+
+    Autograd runs a backward pass in the stream of its forward pass, so both have to be in here.
+    """
+    return nullcontext() if device == "cpu" else torch.cuda.stream(_side_stream())
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # one, since PyTorch keeps freed memory for the stream that used it
 
 
 def synchronize() -> None:

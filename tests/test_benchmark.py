@@ -22,6 +22,7 @@ from benchmark import (
     run,
     table,
     timing,
+    workloads,
 )
 
 HEADER = (
@@ -36,8 +37,12 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+def measured_case(seqlen: int = 4096) -> cases.Case:
+    return cases.square("prefill", "fwd", "bf16", (16384 // seqlen, seqlen, 16, 128), causal=True)
+
+
 def measured(impl: str, tflops: float, seqlen: int = 4096, run: machine.Run = RUN) -> results.Row:
-    case = cases.square("prefill", "fwd", "bf16", (16384 // seqlen, seqlen, 16, 128), causal=True)
+    case = measured_case(seqlen)
     return results.row(run, case, impl, timing.Timing(case.flops / tflops / 1e9, 0.01), 2e-3)
 
 
@@ -54,6 +59,137 @@ def test_sweep_holds_tokens_and_hidden_size() -> None:
     points = list(cases.sweep("cuda"))
     assert len(set(points)) == 36
     assert {(case.batch * case.seqlen_q, case.heads_q * case.head_dim) for case in points} == {(16384, 2048)}
+
+
+def test_packed_sequences_cost_what_each_of_them_costs() -> None:
+    case = cases.Case("varlen", "fwd", "bf16", 2, 5, 5, 4, 4, 64, causal=True, lengths=(5, 2))
+    assert case.flops == 4 * 4 * 64 * (5 * 5 + 2 * 2) / 2
+    assert case.kv_bytes == 2 * 7 * 4 * 64 * 2
+    assert [tensor.shape for tensor in case.inputs("cpu")] == [(7, 4, 64)] * 3
+
+
+def test_varlen_cases_hold_tokens() -> None:
+    timed = list(cases.varlen("cuda"))
+    assert {(case.direction, case.variant) for case in timed} == {
+        (direction, variant) for direction in ("fwd", "bwd") for variant in ("plain", "longtail")
+    }
+    for case in timed:
+        assert sum(case.lengths) == 32768 and len(case.lengths) == case.batch
+        assert max(case.lengths) == case.seqlen_q == case.seqlen_k
+    lengths = sorted(cases.longtail(32768, 16384))
+    assert lengths[len(lengths) // 2] < 1000 < 5000 < lengths[-1]
+    assert max(cases.longtail(32768, 1000)) == 1000
+
+
+def test_decode_speeds_are_those_of_the_quoted_times() -> None:
+    """The times of cuDNN in µs and the TB/s that were read off for them."""
+    quoted = ((67.2, 2.25), (213.4, 2.83), (794.1, 3.04), (26.8, 1.25))
+    quoted += ((193.1, 2.78), (101.9, 2.63), (706.8, 3.04), (190.0, 2.83))
+    *plain, eager = cases.decode("cuda")
+    for case, (us, speed) in zip(plain, quoted, strict=True):
+        row = results.row(RUN, case, "sdpa-cudnn", timing.Timing(us / 1e3, 0.0), None)
+        assert row.gbps / 1e3 == pytest.approx(speed, abs=0.01)
+        assert estimates.fa3({"sdpa-cudnn": row}).gbps < row.gbps
+    row = results.row(RUN, eager, "mini", timing.Timing(0.02, 0.0), None)
+    assert (row.tflops, row.gbps) == (None, None)
+    assert results.metric(row).of(row) == 20.0
+
+
+@pytest.mark.parametrize("make", [cases.backward, cases.varlen, cases.decode])
+def test_a_cpu_runs_only_what_is_made_for_it(make: Callable) -> None:
+    assert not list(make("cpu"))
+
+
+def tiny_decode(variant: str = "plain") -> cases.Case:
+    return cases.Case("decode", "fwd", "fp32", 2, 1, 256, 4, 2, 16, causal=False, variant=variant)
+
+
+def tiny_varlen(direction: str, lengths: tuple[int, ...]) -> cases.Case:
+    shape = (len(lengths), max(lengths), max(lengths), 2, 2, 16)
+    return cases.Case("varlen", direction, "fp32", *shape, causal=True, lengths=lengths)
+
+
+def test_decoding_rotates_caches_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "_ROTATED", 3 * tiny_decode().kv_bytes)
+    found, _ = peers.available("cpu")
+    taking_part = list(workloads.contestants(tiny_decode(), found, "cpu"))
+    assert [one.name for one in taking_part] == ["mini", "sdpa-flash"] + [
+        f"mini paged{size}" for size in (1, 16, 64, 256)
+    ]
+    for one in taking_part:
+        assert one.problems == 3
+        with one.scope():
+            assert one.error(one.call()) < 1e-5
+    eager = workloads.contestants(tiny_decode("eager"), found, "cpu")
+    assert [(one.name, one.problems) for one in eager] == [("mini eager", 1), ("sdpa-flash eager", 1)]
+
+
+@pytest.mark.parametrize(("lengths", "names"), [((8, 8), ["mini", "mini dense"]), ((3, 9, 1), ["mini"])])
+def test_varlen_runs_beside_dense_where_lengths_are_equal(lengths: tuple[int, ...], names: list) -> None:
+    found, _ = peers.available("cpu")
+    for direction in ("fwd", "bwd"):
+        case = tiny_varlen(direction, lengths)
+        taking_part = list(workloads.contestants(case, found, "cpu"))
+        assert [one.name for one in taking_part] == names
+        for one in taking_part:
+            result = one.call()
+            if direction == "fwd":
+                assert one.error is None or one.error(result) < 1e-5
+            else:
+                assert [gradient.shape for gradient in result] == [(sum(lengths), 2, 16)] * 3
+
+
+def test_features_run_beside_the_plain_kernel() -> None:
+    found = {"mini": peers.Implementation(lambda q, k, v, causal, **options: q * len(options))}
+    for direction, features in (("fwd", 3), ("bwd", 4)):
+        case = replace(measured_case(seqlen=4096), direction=direction, batch=1, heads_q=1, heads_k=1)
+        variants = [one.variant for one in workloads.contestants(case, found, "cpu")]
+        assert variants == ["plain", "softcap", "alibi", "dropout", "deterministic"][: 1 + features]
+    assert len(list(workloads.contestants(replace(case, head_dim=64), found, "cpu"))) == 1
+
+
+def test_backward_is_timed_without_the_forward_pass() -> None:
+    passes = []
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        passes.append("forward")
+        return q * k * v
+
+    for direction, forwards in (("bwd", 1), ("fwdbwd", 3)):
+        passes.clear()
+        case = cases.square("cpu", direction, "fp32", (1, 4, 2, 16), causal=False)
+        (one,) = workloads.contestants(case, {"mini": peers.Implementation(attention)}, "cpu")
+        for _ in range(3):
+            assert len(one.call()) == 3
+        assert len(passes) == forwards
+
+
+def test_what_no_graph_can_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def refuse(call: timing.Call) -> timing.Call:
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(timing, "captured", refuse)
+    one = workloads.Contestant("fa4", "plain", lambda: None, nullcontext)
+    assert measure._timed_call(tiny_varlen("bwd", (8,)), one, "cuda") is one.call
+    assert "fa4 is timed without a graph: RuntimeError: no capture" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no capture"):
+        measure._timed_call(tiny_decode(), one, "cuda")
+    for by_calls in (tiny_decode("eager"), measured_case()):
+        assert measure._timed_call(by_calls, one, "cuda") is one.call
+
+
+def test_who_fails_is_named_and_the_others_are_timed(capsys: pytest.CaptureFixture) -> None:
+    def fail(*args: object, **options: object) -> torch.Tensor:
+        raise NotImplementedError("decode\nis not there")
+
+    impls = {
+        name: peers.Implementation(fail, decode=decode)
+        for name, decode in (("mini", fail), ("fa4", lambda q, k, v, seqlens: q))
+    }
+    result = measure.measure(tiny_decode(), impls, RUN, "cpu", rounds=1)
+    assert result.failed == ["mini", "mini paged1", "mini paged16", "mini paged64", "mini paged256"]
+    assert [row.impl for row in result.rows] == ["fa4"]
+    assert "mini paged16 fails: NotImplementedError: decode\n" in capsys.readouterr().out
 
 
 def test_summary_is_median_and_width_of_the_middle() -> None:
@@ -118,9 +254,13 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 def test_estimate_is_the_larger_one_and_only_where_measured() -> None:
     rows = {"sdpa-cudnn": measured("sdpa-cudnn", 500.0), "fa4": measured("fa4", 560.0)}
-    assert estimates.fa3_tflops(rows) == pytest.approx(max(500 * 1.27, 560 * 1.11))
+    estimate = estimates.fa3(rows)
+    assert estimate.tflops == pytest.approx(max(500 * 1.27, 560 * 1.11))
+    assert estimate.ms * estimate.tflops == pytest.approx(rows["fa4"].ms * rows["fa4"].tflops)
     elsewhere = {name: replace(row, gpu="NVIDIA A100") for name, row in rows.items()}
-    assert estimates.fa3_tflops(elsewhere) is None
+    assert estimates.fa3(elsewhere) is None
+    backward = {name: replace(row, direction="bwd") for name, row in rows.items()}
+    assert estimates.fa3(backward) is None
 
 
 def test_table_shows_the_newest_run_its_best_and_its_losses() -> None:
@@ -131,6 +271,47 @@ def test_table_shows_the_newest_run_its_best_and_its_losses() -> None:
     assert RUN.date in text and RUN.gpu in text and old.date not in text
 
 
+def test_table_of_features_gives_shares_of_the_plain_speed() -> None:
+    rows = [
+        measured("mini", 600.0),
+        measured("fa4", 500.0),
+        replace(measured("mini", 480.0), variant="alibi"),
+    ]
+    speeds, features = table.render(table.newest(rows)).split("\n\n**")
+    assert "alibi" not in speeds and "| **600** | 500 | 555 | 1.08 |" in speeds
+    assert "| D | causal | S | B | H | mini | alibi |" in features
+    assert "| 128 | yes | 4096 | 4 | 16 | 600 | 480 [0.80] |" in features
+
+
+def test_table_of_decoding_has_pages_and_an_estimate() -> None:
+    def decoded(impl: str, us: float, variant: str = "plain") -> results.Row:
+        case = cases.Case("decode", "fwd", "bf16", 1, 1, 8192, 32, 8, 128, False, variant=variant)
+        return results.row(RUN, case, impl, timing.Timing(us / 1e3, 0.0), None)
+
+    rows = [decoded("mini", 20.0), decoded("sdpa-cudnn", 26.8), decoded("mini", 20.5, "paged16")]
+    eager = [decoded("mini", 15.0, "eager"), decoded("sdpa-cudnn", 30.0, "eager")]
+    device, host = table.render(table.newest(rows + eager)).split("\n\n**")
+    assert "| mini | mini paged16 | sdpa-cudnn | fa3 (est.) | mini / best peer |" in device
+    cells = "**1678 (20.0)** | 1637 (20.5) | 1252 (26.8) | 1118 (30.0) | 1.34"
+    assert f"| 128 | no | 1/8192 | 1 | 32/8 | {cells} |" in device
+    assert "host time of one eager call: µs" in host
+    assert "| 128 | no | 1/8192 | 1 | 32/8 | **15.0** | 30.0 | 2.00 |" in host
+
+
+def test_table_of_varlen_has_dense_beside_and_longtail_below() -> None:
+    rows = []
+    for case in cases.varlen("cuda"):
+        rows.append(results.row(RUN, case, "mini", timing.Timing(1.0, 0.0), None))
+        if case.variant == "plain":
+            dense = replace(case, variant="dense")
+            rows.append(results.row(RUN, dense, "mini", timing.Timing(0.8, 0.0), None))
+    forward, backward = table.render(table.newest([*rows, measured("mini", 600.0)])).split("\n\n**")[1:]
+    assert "Sequences of different lengths in one batch, backward, bf16" in backward
+    assert "| mini | mini dense | mini / best peer |" in forward
+    assert "| 128 | yes | 4096 | 8 | 16 | **550** | 687 | – |" in forward
+    assert "| 128 | yes | up to 5010 | 34 | 16 |" in forward
+
+
 def test_readme_table_is_what_the_results_give() -> None:
     readme = (machine.ROOT / "README.md").read_text(encoding="utf-8")
     assert table.insert(readme, table.render(table.newest(table.load()))) == readme
@@ -139,7 +320,7 @@ def test_readme_table_is_what_the_results_give() -> None:
 def test_run_measures_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "_OVERHEAD_CALLS", 10)
+    monkeypatch.setattr(measure, "_HOST_CALLS", 10)
     files = {kind: tmp_path / f"rows.{kind}" for kind in ("csv", "json")}
     options = ["--csv", str(files["csv"]), "--json", str(files["json"]), "--rounds", "1"]
     only = ["--only", "sweep", "overhead", "S=512", "causal=1", "--commit", "handed in"]
@@ -191,4 +372,4 @@ def test_plot_draws_what_has_two_lengths(tmp_path: Path) -> None:
 def test_unknown_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["--only", "sweeep"])
-    assert "accuracy, classic, sweep, overhead" in capsys.readouterr().err
+    assert "accuracy, classic, sweep, backward, varlen, decode, overhead" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""From a case to what each implementation has to do in it."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmark.cases import Case
+from benchmark.exactness import distance, one_head, oracle
+from benchmark.peers import Implementation, Implementations
+
+PAGE_SIZES = (1, 16, 64, 256)
+# A cache that was just read may still be in L2 (50 MB on an H100), as no server's cache is: one call
+# attends to so many caches in turn that they fill this many bytes.
+_ROTATED = 512 * 2**20
+
+
+class Contestant(NamedTuple):
+    """One implementation of a case, or of a variant of it."""
+
+    impl: str
+    variant: str
+    call: Callable[[], object]
+    scope: Callable[[], AbstractContextManager]
+    error: Callable[[Tensor], float] | None = None  # of what call() returns; None where not known
+    problems: int = 1  # that one call solves
+
+    @property
+    def name(self) -> str:
+        return self.impl if self.variant == "plain" else f"{self.impl} {self.variant}"
+
+
+def contestants(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
+    """Those that can do the case at all; variants that only ours has run beside the plain ones."""
+    make = {"varlen": _varlen, "decode": _decode}.get(case.suite, _dense)
+    return make(case, implementations, device)
+
+
+def _dense(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
+    inputs = case.inputs(device)
+    error = _error(case, inputs)
+    for name, impl in implementations.items():
+        forward = functools.partial(impl.call, *inputs, case.causal)
+        yield Contestant(name, case.variant, _task(case, forward, inputs), impl.scope, error)
+    if "mini" in implementations:
+        yield from _features(case, implementations["mini"], inputs)
+
+
+def _features(case: Case, mini: Implementation, inputs: Sequence[Tensor]) -> Iterator[Contestant]:
+    """What softcap and its kin cost, at one head dim and length of the GPU's sweeps."""
+    kind = (case.suite, case.dtype, case.head_dim, case.seqlen_k)
+    if kind != ("prefill", "bf16", 128, 4096):
+        return
+    heads = torch.arange(1, case.heads_q + 1, device=inputs[0].device)
+    features = {
+        "softcap": {"softcap": 30.0},
+        "alibi": {"alibi_slopes": 2.0 ** (-8 * heads / case.heads_q)},
+        "dropout": {"dropout_p": 0.1},
+    }
+    if case.direction != "fwd":
+        features["deterministic"] = {"deterministic": True}
+    for variant, options in features.items():
+        forward = functools.partial(mini.call, *inputs, case.causal, **options)
+        yield Contestant("mini", variant, _task(case, forward, inputs), mini.scope)
+
+
+def _varlen(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
+    inputs = case.inputs(device)
+    bounds = [0, *accumulate(case.lengths)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    longest = case.lengths.index(case.seqlen_q)
+    rows = slice(bounds[longest], bounds[longest + 1])
+    error = _error(case, inputs, lambda packed: packed[None, rows])
+    for name, impl in implementations.items():
+        if impl.varlen is not None:
+            forward = functools.partial(impl.varlen, *inputs, cu_seqlens, case.seqlen_q)
+            yield Contestant(name, case.variant, _task(case, forward, inputs), impl.scope, error)
+    if "mini" in implementations and len(set(case.lengths)) == 1:
+        forward = functools.partial(_unpacked, implementations["mini"], case, *inputs)
+        yield Contestant("mini", "dense", _task(case, forward, inputs), nullcontext)
+
+
+def _unpacked(mini: Implementation, case: Case, *packed: Tensor) -> Tensor:
+    """Sequences of one length as the batch that they are."""
+    batched = [tensor.unflatten(0, (case.batch, -1)) for tensor in packed]
+    return mini.call(*batched, case.causal).flatten(0, 1)
+
+
+def _decode(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
+    q, *cache = case.inputs(device)
+    eager = case.variant == "eager"
+    copies = 1 if eager else max(2, -(-_ROTATED // case.kv_bytes))
+    caches = [cache] + [[torch.randn_like(tensor) for tensor in cache] for _ in range(copies - 1)]
+    seqlens = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=device)
+
+    def each(decode: Callable[..., Tensor]) -> Tensor:
+        return [decode(q, k, v, seqlens) for k, v in caches][0]
+
+    error = _error(case, (q, *cache))
+    for name, impl in implementations.items():
+        if impl.decode is not None:
+            call = functools.partial(each, impl.decode)
+            yield Contestant(name, case.variant, call, impl.scope, error, copies)
+    if "mini" not in implementations or eager:
+        return
+    for size in PAGE_SIZES:
+        # The same memory, as pages that belong to the sequences in a random order.
+        pages = torch.randperm(case.batch * case.seqlen_k // size, device=device)
+        table = pages.view(case.batch, -1).int()
+        call = functools.partial(each, functools.partial(_paged, implementations["mini"], table, size))
+        first = [_pages(tensor, size)[table[0]].flatten(0, 1)[None] for tensor in cache]
+        yield Contestant("mini", f"paged{size}", call, nullcontext, _error(case, (q, *first)), copies)
+
+
+def _paged(
+    mini: Implementation, table: Tensor, size: int, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor
+) -> Tensor:
+    return mini.decode(q, _pages(k, size), _pages(v, size), seqlens, block_table=table)
+
+
+def _pages(cache: Tensor, size: int) -> Tensor:
+    return cache.view(-1, size, *cache.shape[2:])
+
+
+def _task(case: Case, forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:
+    """What is timed: the forward pass, the backward pass of one forward pass, or both."""
+    if case.direction == "fwd":
+        return forward
+    dout = torch.randn_like(inputs[0], requires_grad=False)
+    if case.direction == "fwdbwd":
+        return lambda: torch.autograd.grad(forward(), inputs, dout)
+    out = functools.cache(forward)
+    return lambda: torch.autograd.grad(out(), inputs, dout, retain_graph=True)
+
+
+def _error(
+    case: Case, inputs: Sequence[Tensor], batched: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Callable[[Tensor], float] | None:
+    """How far the first head of the first sequence of an output is off; None where no output is timed.
+
+    `batched` makes (1, seqlen, heads, head_dim) of a packed tensor, for the sequence to look at.
+    """
+    if case.direction != "fwd":
+        return None
+    exact = oracle(*one_head(*map(batched, inputs)), case.causal)
+    return lambda out: distance(batched(out)[:1, :, :1], exact)
