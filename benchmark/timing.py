@@ -1,11 +1,12 @@
 """Timing implementations in turn.
 
 A GPU's clock moves with its temperature and load, so figures taken minutes apart do not compare.
-Here every implementation of a case is timed in every round, in an order that rotates from round
-to round, on a warm chip; what is reported is the median over the rounds.
+Here every implementation of a case is timed in every round, in another order each time, on a warm chip;
+what is reported is the median over the rounds.
 """
 
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -47,8 +48,8 @@ def in_turn(
         with scope():
             counts[name] = iterations or max(1, round(SLICE_MS / clock(call, 1)))
     for turn in range(rounds):
-        first = turn % len(names) if names else 0
-        for name in names[first:] + names[:first]:
+        # Another order in each round: a kernel that draws little power leaves a faster clock to the next one.
+        for name in random.Random(turn).sample(names, len(names)):
             call, scope = timed[name]
             with scope():
                 samples[name].append(clock(call, counts[name]))

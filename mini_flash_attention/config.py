@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+from mini_flash_attention.kernels.blocks import packed_blocks
+
 ELEMENTS = 8  # of a 16-byte chunk: the kernels' tensors have head dims and strides in multiples of it
 DTYPES = ("float16", "bfloat16")
 # A head dim in between uses the next one, padded in shared memory.
@@ -125,12 +127,22 @@ class Workspace(NamedTuple):
     turns: tuple[int, ...]  # int32: who may add to a tile of dq_acc; read with `deterministic` only
 
 
+def workspace(row: "BackwardConfig", batch: int, heads_q: int, seqlen_q: int) -> Workspace:
+    """For q of this size; ragged: of `batch` sequences in seqlen_q rows (kernels/bwd_schedule.py)."""
+    blocks = batch, heads_q, -(-seqlen_q // row.tile_m)
+    if row.ragged:
+        blocks = 1, heads_q, packed_blocks(seqlen_q, row.tile_m, batch)
+    turns = blocks if row.deterministic else (1, 1, 1)
+    return Workspace((*blocks, 2, row.tile_m), (*blocks, row.tile_m * row.head_dim), turns)
+
+
 @dataclass(frozen=True)
 class BackwardSm90:
     """Every static fact of one bwd_sm90 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "bwd_sm90"
     stack: ClassVar[int] = 0
+    page: ClassVar[int] = 0
     dq_swizzled: ClassVar[bool] = True  # see bwd_convert.offset
     pdl: ClassVar[bool] = True  # each kernel starts while the one before it ends
     arch: str
@@ -144,16 +156,14 @@ class BackwardSm90:
     stages: int = 2  # Q blocks in shared memory
     do_stages: int = 2  # dO blocks
     registers: tuple[int, int, int] = (208, 72, 24)  # of a consumer, dQ and load thread
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
+    dropout: bool = False  # kernels/dropout.py
 
     @property
     def wide(self) -> bool:
         """One consumer warpgroup computes dV, the other dK; else both, each of 64 keys."""
         return self.tile_n == 64
-
-    def workspace(self, batch: int, heads_q: int, seqlen_q: int) -> Workspace:
-        blocks = batch, heads_q, -(-seqlen_q // self.tile_m)
-        turns = blocks if self.deterministic else (1, 1, 1)
-        return Workspace((*blocks, 2, self.tile_m), (*blocks, self.tile_m * self.head_dim), turns)
 
     @property
     def shared_memory(self) -> int:
@@ -277,10 +287,12 @@ SM90_BACKWARD_TILES = {
 }
 
 
-def backward_sm90(arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool) -> BackwardSm90:
+def backward_sm90(
+    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: str | bool
+) -> BackwardSm90:
     """The configuration for a head dim of SM90_BACKWARD_TILES."""
     tiles = of_row(SM90_BACKWARD_TILES, head_dim, mask)
-    return BackwardSm90(arch, dtype, head_dim, mask, deterministic, **tiles)
+    return BackwardSm90(arch, dtype, head_dim, mask, deterministic, **tiles, **features)
 
 
 @dataclass(frozen=True)
@@ -289,6 +301,7 @@ class BackwardSm80:
 
     kernel: ClassVar[str] = "bwd_sm80"
     stack: ClassVar[int] = 0
+    page: ClassVar[int] = 0
     arch: str
     dtype: str
     head_dim: int
@@ -299,11 +312,9 @@ class BackwardSm80:
     warps: int
     warps_m: int  # of those, how many share out the queries of dQ; the others its columns
     stages: int = 2  # Q and dO blocks in shared memory
-
-    def workspace(self, batch: int, heads_q: int, seqlen_q: int) -> Workspace:
-        blocks = batch, heads_q, -(-seqlen_q // self.tile_m)
-        turns = blocks if self.deterministic else (1, 1, 1)
-        return Workspace((*blocks, 2, self.tile_m), (*blocks, self.tile_m * self.head_dim), turns)
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
+    dropout: bool = False  # kernels/dropout.py
 
     @property
     def pdl(self) -> bool:
@@ -350,10 +361,12 @@ SM80_BACKWARD_TILES = {
 }
 
 
-def backward_sm80(arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool) -> BackwardSm80:
+def backward_sm80(
+    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: str | bool
+) -> BackwardSm80:
     """The configuration for a head dim of SM80_BACKWARD_TILES."""
     for tiles in of_row(SM80_BACKWARD_TILES, head_dim, mask):
-        row = BackwardSm80(arch, dtype, head_dim, mask, deterministic, **tiles)
+        row = BackwardSm80(arch, dtype, head_dim, mask, deterministic, **tiles, **features)
         if row.shared_memory <= SHARED_MEMORY[arch]:
             break
     return row
@@ -410,12 +423,12 @@ class Decode:
 
 
 # head dim -> {tile_m: (chunk, slots)}: two thread blocks an SM, to have loads in flight while one starts or
-# ends, and 48 to 64 KB on the way in each. Predicted, not measured. 64 rows: at 192 and 256 longer chunks
+# ends, and 48 to 64 KB on the way in each. Predicted but for one. 64 rows: at 192 and 256 longer chunks
 # would spill. 256: three slots are the fewest that keep loads in flight while a chunk is worked on.
 DECODE_TILES = {
     64: {16: (32, 5), 64: (64, 9)},
     96: {16: (16, 6), 64: (64, 5)},
-    128: {16: (16, 5), 64: (64, 5)},
+    128: {16: (32, 3), 64: (64, 5)},  # measured on an H100: 0 to 4 % ahead of (16, 3), (16, 5) and (16, 6)
     192: {16: (16, 3), 64: (16, 9)},
     256: {16: (16, 3), 64: (16, 9)},
 }
@@ -474,11 +487,20 @@ BackwardConfig = BackwardSm80 | BackwardSm90
 
 
 def backward(
-    path: str, arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool = False
+    path: str,
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    mask: str,
+    deterministic: bool = False,
+    **features: str | bool,
 ) -> BackwardConfig:
-    """The configuration of the backward pass for a head dim of HEAD_DIMS on one path."""
+    """The configuration of the backward pass for a head dim of HEAD_DIMS on one path.
+
+    features: score, ragged and dropout, as in the configs.
+    """
     make = backward_sm80 if path == "sm80" else backward_sm90
-    return make(arch, dtype, head_dim, mask, deterministic)
+    return make(arch, dtype, head_dim, mask, deterministic, **features)
 
 
 def backward_configs(arch: str) -> Iterator[BackwardConfig]:

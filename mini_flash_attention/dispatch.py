@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention import compile, config, cpu
+from mini_flash_attention import compile, config, cpu, decode
 from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.counters import tile_counter, unused_counter
 from mini_flash_attention.problem import Layout, Problem
@@ -152,7 +152,7 @@ class ForwardPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | None:
+def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.DecodePlan | None:
     """How to compute a problem on the GPU; None: on the CPU backend."""
     path = choose(problem.device, forced)
     if path == "cpu":
@@ -168,6 +168,8 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | None:
         return ForwardPlan(None, False, device, lse, score, window, (), False)
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
+    if problem.ragged and decode.pays(problem, path, num_sms):
+        return decode.plan(problem, num_splits=0)
     row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
     tiles = row.at(problem.longest_q)
     schedule = (swath(tiles, problem, num_sms),)

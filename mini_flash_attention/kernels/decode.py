@@ -114,13 +114,12 @@ class Work(NamedTuple):
 
 @cute.jit
 def look_up(config: cutlass.Constexpr, x: Loader, block: Int32):
-    """Find the warp's rows of a block in the block table, one for each lane, ahead of the copy."""
-    x.places[0], x.places[1] = x.places[2], x.places[3]
+    """Ask the block table for the warp's rows of a block, one a lane; the last answer is there by now."""
+    x.places[0], x.places[1] = clamp(x.places[2], Int32(0), x.mK.shape[0] - 1), x.places[3]
     key = block * config.tile_n + x.first_key + x.lane % config.warp_rows
     if key < x.tile.k.seqlen:  # beyond, the table may hold anything, or end
         index, x.places[3] = divmod(x.tile.k.start + key, x.page_size)
-        page = x.block_table[x.tile.k.batch, index]
-        x.places[2] = clamp(page, Int32(0), x.mK.shape[0] - 1)
+        x.places[2] = x.block_table[x.tile.k.batch, index]
 
 
 @cute.jit
@@ -384,10 +383,12 @@ def kernel(
     head_kv, unit = unit % heads_k, unit // heads_k
     split, b = unit % call.num_splits, unit // call.num_splits
     q = queries(call.ragged, b, call.mQ.shape[1])
-    capacity = call.mK.shape[1]
+    rows, capacity = call.mK.shape[:2]
     if const_expr(config.page):
-        capacity = capacity * call.ragged.block_table.shape[1]
+        rows, pages = call.ragged.block_table.shape
+        capacity = capacity * pages
     k = keys(call.ragged, b, capacity)
+    k = k._replace(batch=clamp(k.batch, Int32(0), rows - 1))
     group = call.mQ.shape[2] // heads_k
 
     sKV = SmemAllocator().allocate_tensor(
