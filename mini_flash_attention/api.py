@@ -1,6 +1,7 @@
 """The attention functions, with the signatures and the semantics of flash_attn 2.x, and autograd."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -67,7 +68,8 @@ def flash_attn_func(
         softcap: scores become softcap · tanh(score / softcap), after softmax_scale; <= 0 is off.
         alibi_slopes: fp32 (heads,) or (batch, heads): score (i, j), after softcap, is lowered by
             slope · |i + seqlen_k - seqlen_q - j|. None is off. It gets no gradient.
-        deterministic: gradients are bitwise the same in each run, at some cost in speed.
+        deterministic: gradients are bitwise the same in each run, at some cost in speed. So they are
+            under torch.use_deterministic_algorithms(True).
         return_attn_probs: return (out, softmax_lse, S_dmask) instead of out.
 
     Returns:
@@ -381,6 +383,8 @@ def _attention(
 ) -> Output:
     seed = _draw_seed() if problem.dropout_p else None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
+            problem = replace(problem, deterministic=True)
         out, lse = Attention.apply(q, k, v, problem, alibi_slopes, seed, layout)
     else:
         out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed, layout, out)

@@ -114,9 +114,10 @@ def _versions() -> tuple[str, ...]:
 
 @functools.cache
 def _sources() -> str:
-    """The hash of the code that makes a kernel: the kernels', the configs' and this file's."""
+    """The hash of the code that makes a kernel: the kernels', what they import, and this file's."""
     here = Path(__file__)
-    files = [here, here.with_name("config.py"), *sorted(here.parent.glob("kernels/*.py"))]
+    beside = (here.with_name(name) for name in ("config.py", "philox.py"))
+    files = [here, *beside, *sorted(here.parent.glob("kernels/*.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -43,6 +43,7 @@ class ForwardSm80:
     score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
     page: int = 0  # 1: k and v are pages, of any size
+    dropout: bool = False  # kernels/dropout.py
 
     def at(self, seqlen_q: int) -> "ForwardSm80":
         return self
@@ -82,6 +83,7 @@ class ForwardSm90:
     score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
     page: int = 0  # what divides a page of k and v: one of SM90_PAGES; 0: no pages
+    dropout: bool = False  # kernels/dropout.py
     short: "ForwardSm90 | None" = None  # other tiles, in the same library, up to short_seqlen queries
     short_seqlen: int = 0
 
@@ -161,6 +163,11 @@ class BackwardSm90:
     dropout: bool = False  # kernels/dropout.py
 
     @property
+    def factored(self) -> bool:
+        """dS takes another factor than P."""
+        return "softcap" in self.score or self.dropout
+
+    @property
     def wide(self) -> bool:
         """One consumer warpgroup computes dV, the other dK; else both, each of 64 keys."""
         return self.tile_n == 64
@@ -188,10 +195,11 @@ def forward(
 ) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90").
 
-    features: score, ragged and page, as in the configs.
+    features: score, ragged, page and dropout, as in the configs.
     """
     if path == "sm80":
-        return ForwardSm80(arch, dtype, head_dim, mask, *of_row(SM80_TILES, head_dim, mask), **features)
+        table = SM80_TILES | SM80_DROPOUT if features.get("dropout") else SM80_TILES
+        return ForwardSm80(arch, dtype, head_dim, mask, *of_row(table, head_dim, mask), **features)
     if features.get("score", "plain") != "plain" and head_dim in SM90_SCORED:
         return ForwardSm90(arch, dtype, head_dim, mask, **SM90_SCORED[head_dim], **features)
     row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask), **features)
@@ -219,6 +227,12 @@ SM80_TILES = {
     (128, "window"): (64, 64, 4),  # the third loop would spill up to 34 words at 128 x 64
     192: (128, 64, 8),
     256: (64, 64, 4),
+}
+
+# What differs with dropout: random numbers take registers too.
+SM80_DROPOUT = {
+    96: (128, 48, 4),
+    (128, "window"): (64, 48, 4),
 }
 
 # Measured on an H100 (docs/worklog.md, SM90 tiles). At 192 and 256 two Q buffers would leave too little
@@ -287,12 +301,24 @@ SM90_BACKWARD_TILES = {
 }
 
 
+# What differs where dS takes another factor than P, whose registers come from smaller tiles or the dQ WG.
+SM90_BACKWARD_FACTORED = {
+    64: dict(tile_m=64),
+    (128, "dropout"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
+    (128, "dropout", "softcap_alibi"): dict(tile_n=64),
+}
+
+
 def backward_sm90(
     arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: str | bool
 ) -> BackwardSm90:
     """The configuration for a head dim of SM90_BACKWARD_TILES."""
-    tiles = of_row(SM90_BACKWARD_TILES, head_dim, mask)
-    return BackwardSm90(arch, dtype, head_dim, mask, deterministic, **tiles, **features)
+    row = BackwardSm90(
+        arch, dtype, head_dim, mask, deterministic, **of_row(SM90_BACKWARD_TILES, head_dim, mask), **features
+    )
+    keys = ((head_dim, "dropout", row.score), (head_dim, "dropout")) if row.dropout else ()
+    keys = (*keys, head_dim) if row.factored else ()
+    return replace(row, **next((SM90_BACKWARD_FACTORED[k] for k in keys if k in SM90_BACKWARD_FACTORED), {}))
 
 
 @dataclass(frozen=True)
@@ -300,7 +326,6 @@ class BackwardSm80:
     """Every static fact of one bwd_sm80 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "bwd_sm80"
-    stack: ClassVar[int] = 0
     page: ClassVar[int] = 0
     arch: str
     dtype: str
@@ -310,8 +335,7 @@ class BackwardSm80:
     tile_m: int  # queries of a block
     tile_n: int  # keys of a thread block: 16 or 32 for each pair of warps
     warps: int
-    warps_m: int  # of those, how many share out the queries of dQ; the others its columns
-    stages: int = 2  # Q and dO blocks in shared memory
+    warps_m: int  # so many of them share out the queries of dQ, the others its columns
     score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
     dropout: bool = False  # kernels/dropout.py
@@ -328,9 +352,14 @@ class BackwardSm80:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: K and V, the slots of Q and dO, of dS and of the statistics."""
-        tiles = 2 * self.head_dim * (2 * self.tile_n + 2 * self.stages * self.tile_m)
-        return tiles + 2 * self.stages * self.tile_m * (self.tile_n + 4)
+        """Bytes: K and V, two slots of Q, dO, dS and the statistics, and what the thread block works on."""
+        tiles = 2 * self.head_dim * (2 * self.tile_n + 4 * self.tile_m)
+        return tiles + 2 * self.tile_m * (2 * self.tile_n + 8) + 20
+
+    @property
+    def stack(self) -> int:
+        """Bytes of stack it may use: two words, used once a query block, in one kernel of SM80."""
+        return 8 if self.deterministic and self.head_dim == 256 and self.tile_m == 32 else 0
 
 
 # head dim -> tiles of the SM80 backward, the first that fits the shared memory. A warp's keys are as many as
@@ -351,12 +380,12 @@ SM80_BACKWARD_TILES = {
     ),
     192: (
         dict(tile_m=64, tile_n=64, warps=8, warps_m=2),
-        dict(tile_m=32, tile_n=64, warps=8, warps_m=2, stages=1),
+        dict(tile_m=32, tile_n=32, warps=4, warps_m=2),
     ),
     256: (
         dict(tile_m=64, tile_n=64, warps=8, warps_m=2),
-        dict(tile_m=64, tile_n=64, warps=8, warps_m=2, stages=1),
-        dict(tile_m=32, tile_n=32, warps=4, warps_m=2, stages=1),
+        dict(tile_m=32, tile_n=64, warps=8, warps_m=2),
+        dict(tile_m=16, tile_n=32, warps=4, warps_m=1),
     ),
 }
 
@@ -504,9 +533,9 @@ def backward(
 
 
 def backward_configs(arch: str) -> Iterator[BackwardConfig]:
-    """Every row of the backward pass for an architecture, each with one dtype in a fixed order too."""
+    """Every row of the backward pass for an architecture."""
     for path in paths(arch):
         for head_dim in HEAD_DIMS:
-            for mask in MASKS:
-                for dtype, deterministic in (*((dtype, False) for dtype in DTYPES), (DTYPES[-1], True)):
-                    yield backward(path, arch, dtype, head_dim, mask, deterministic)
+            for dtype in DTYPES:
+                for mask in MASKS:
+                    yield backward(path, arch, dtype, head_dim, mask)

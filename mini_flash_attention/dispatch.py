@@ -11,6 +11,7 @@ from torch import Tensor
 from mini_flash_attention import compile, config, cpu, decode
 from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.counters import tile_counter, unused_counter
+from mini_flash_attention.philox import kernel_arguments
 from mini_flash_attention.problem import Layout, Problem
 
 
@@ -66,6 +67,8 @@ def forward(
     if plan is None:
         with torch.autocast(problem.device.type, enabled=False):
             return cpu.forward(problem, q, k, v, alibi_slopes, seed, layout, out)
+    if problem.dropout_p:
+        plan = plan._replace(dropout=kernel_arguments(seed, problem.dropout_p))
     if layout is None and out is None and plan.simple and ready(q, k, v):
         return plan.run(q, k, v, alibi_slopes)
     ragged = None if layout is None else ragged_arguments(problem, layout, keys=problem.seqlen_k, added=0)
@@ -92,10 +95,23 @@ def backward(
             return cpu.backward(problem, dout, dlse, q, k, v, out, lse, alibi_slopes, seed, layout)
     if plan.launch is None:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    ragged = None
+    if layout is not None:
+        ragged = ragged_arguments(problem, layout, keys=problem.seqlen_k, added=0)
+    if problem.packed_q:
+        q, out, dout, lse = (x.unsqueeze(0) for x in (q, out, dout, lse))
+        dlse = None if dlse is None else dlse.unsqueeze(0)
+    if problem.packed_k:
+        k, v = k.unsqueeze(0), v.unsqueeze(0)
     q, k, v, out, dout = for_kernels(problem, q, k, v, out, dout)
-    dq, dk, dv = plan.run(dout, dlse, q, k, v, out, lse)
+    dropout = kernel_arguments(seed, problem.dropout_p) if problem.dropout_p else None
+    dq, dk, dv = plan.run(dout, dlse, q, k, v, out, lse, alibi_slopes, ragged, dropout)
     if problem.softmax_scale <= 0:
         dq = -dq if problem.softmax_scale < 0 else torch.zeros_like(dq)
+    if problem.packed_q:
+        dq = dq.squeeze(0)
+    if problem.packed_k:
+        dk, dv = dk.squeeze(0), dv.squeeze(0)
     return tuple(dx[..., : problem.head_dim] for dx in (dq, dk, dv))
 
 
@@ -124,6 +140,7 @@ class ForwardPlan(NamedTuple):
     window: tuple[int, int]
     schedule: tuple[int | Tensor, ...]  # the kernel's last arguments
     scheduled: bool  # one more is missing: the counter from which the kernel draws its tiles
+    dropout: tuple[int, int, int, float] | None = None  # kernels/dropout.py: Dropout, of one call
 
     def run(
         self,
@@ -142,8 +159,8 @@ class ForwardPlan(NamedTuple):
         lse = torch.empty_like(self.lse)
         score = self.score
         if alibi_slopes is not None:
-            score = (*score[:2], slopes_of_batch(alibi_slopes, len(q) if ragged is None else ragged[-2]))
-        arguments = q, k, v, out, lse, score, *self.window, ragged, *self.schedule
+            score = with_slopes(score, alibi_slopes, len(q) if ragged is None else ragged[-2])
+        arguments = q, k, v, out, lse, score, *self.window, ragged, self.dropout, *self.schedule
         if self.scheduled:
             self.launch(*arguments, tile_counter(self.device))
         else:
@@ -168,7 +185,7 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
         return ForwardPlan(None, False, device, lse, score, window, (), False)
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
-    if problem.ragged and decode.pays(problem, path, num_sms):
+    if problem.ragged and not problem.dropout_p and decode.pays(problem, path, num_sms):
         return decode.plan(problem, num_splits=0)
     row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
     tiles = row.at(problem.longest_q)
@@ -190,7 +207,7 @@ class BackwardPlan(NamedTuple):
     launch: Callable | None  # None: all gradients are 0
     device: int
     workspace: config.Workspace
-    scale: float
+    score: tuple[float, float | None, Tensor | None]  # kernels/scores.py: Score
     window: tuple[int, int]
 
     def run(
@@ -202,7 +219,13 @@ class BackwardPlan(NamedTuple):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
+        alibi_slopes: Tensor | None,
+        ragged: tuple | None,
+        dropout: tuple | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        score = self.score
+        if alibi_slopes is not None:
+            score = with_slopes(score, alibi_slopes, len(q) if ragged is None else ragged[-2])
         with torch.cuda.device(self.device):
             dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
             stats, dq_acc = (lse.new_empty(shape) for shape in self.workspace[:2])
@@ -210,7 +233,7 @@ class BackwardPlan(NamedTuple):
             has_dlse = dlse is not None
             dlse = dlse.contiguous() if has_dlse else lse
             tensors = q, k, v, out, dout, lse, dlse, stats, dq_acc, dq, dk, dv
-            self.launch(*tensors, self.scale, int(has_dlse), *self.window, turns)
+            self.launch(*tensors, score, int(has_dlse), *self.window, ragged, dropout, turns)
         return dq, dk, dv
 
 
@@ -220,20 +243,30 @@ def backward_plan(problem: Problem, forced: str | None) -> BackwardPlan | None:
     path = choose(problem.device, forced)
     if path == "cpu":
         return None
-    check_gradients_supported(problem)
-    numbers = abs(problem.softmax_scale) or 1.0, window_numbers(problem)
+    check_gradients_supported(problem, path)
+    scale = abs(problem.softmax_scale) or 1.0
+    numbers = (scale, problem.softcap or None, None), window_numbers(problem)
     device = problem.device.index
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
         return BackwardPlan(None, device, config.Workspace((), (), ()), *numbers)
     row = backward_config(problem, path, gpu_arch(device))
-    workspace = row.workspace(problem.batch, problem.heads_q, problem.seqlen_q)
+    workspace = config.workspace(row, problem.batch, problem.heads_q, problem.seqlen_q)
     return BackwardPlan(compile.get(row), device, workspace, *numbers)
 
 
 def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:
     """The static facts of a problem's backward pass: what is compiled."""
-    dtype, head_dim = str(problem.dtype).removeprefix("torch."), config.bucket(problem.head_dim)
-    return config.backward(path, arch, dtype, head_dim, mask_kind(problem), problem.deterministic)
+    return config.backward(
+        path,
+        arch,
+        str(problem.dtype).removeprefix("torch."),
+        config.bucket(problem.head_dim),
+        mask_kind(problem),
+        problem.deterministic,
+        score=score_kind(problem),
+        ragged=problem.ragged,
+        dropout=problem.dropout_p > 0,
+    )
 
 
 def gpu_arch(device: int) -> str:
@@ -246,6 +279,11 @@ def mask_kind(problem: Problem) -> str:
     return "full" if problem.window_right is None else "causal"
 
 
+def score_kind(problem: Problem) -> str:
+    score = "_".join(name for name, on in (("softcap", problem.softcap), ("alibi", problem.alibi)) if on)
+    return score or "plain"
+
+
 def window_numbers(problem: Problem) -> tuple[int, int]:
     """(left, right); what a mask kind does not limit is not read, or hides nothing."""
     right = problem.seqlen_q if problem.window_right is None else problem.window_right
@@ -254,7 +292,6 @@ def window_numbers(problem: Problem) -> tuple[int, int]:
 
 def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConfig:
     """The static facts of a problem, and nothing else of it: what is compiled."""
-    score = "_".join(name for name, on in (("softcap", problem.softcap), ("alibi", problem.alibi)) if on)
     page = 0
     if problem.page_size:
         page = next((size for size in config.SM90_PAGES if problem.page_size % size == 0), 1)
@@ -268,9 +305,10 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
         str(problem.dtype).removeprefix("torch."),
         config.bucket(problem.head_dim),
         mask_kind(problem),
-        score=score or "plain",
+        score=score_kind(problem),
         ragged=problem.ragged,
         page=page,
+        dropout=problem.dropout_p > 0,
     )
 
 
@@ -281,22 +319,19 @@ def check_supported(problem: Problem) -> None:
             f"q: the GPU kernels take float16 and bfloat16, not {problem.dtype}; "
             "MINI_FLASH_ATTENTION_BACKEND=cpu takes it"
         )
-    if problem.dropout_p > 0:
-        raise NotImplementedError(
-            "dropout_p is not implemented on the GPU yet; MINI_FLASH_ATTENTION_BACKEND=cpu has it"
-        )
 
 
-def check_gradients_supported(problem: Problem) -> None:
+def check_gradients_supported(problem: Problem, path: str) -> None:
     """The same for the backward pass."""
     for name, wanted in (
+        ("dropout_p", problem.dropout_p > 0),
         ("softcap", problem.softcap > 0),
         ("alibi_slopes", problem.alibi),
         ("cu_seqlens_q", problem.ragged),
     ):
-        if wanted:
+        if wanted and path == "sm80":
             raise NotImplementedError(
-                f"{name}: gradients are not implemented on the GPU yet; "
+                f"{name}: gradients are not implemented on this GPU yet; "
                 "MINI_FLASH_ATTENTION_BACKEND=cpu has them"
             )
 
@@ -378,9 +413,10 @@ def ragged_arguments(problem: Problem, layout: Layout, keys: int, added: int) ->
     return *tensors, table, given, keys, added, problem.batch, problem.longest_q
 
 
-def slopes_of_batch(alibi_slopes: Tensor, batch: int) -> Tensor:
-    """(batch, heads), with stride 0 where the batch shares them."""
-    return alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes.expand(batch, -1)
+def with_slopes(score: tuple, alibi_slopes: Tensor, batch: int) -> tuple:
+    """A plan's score with the slopes of a call, (batch, heads), of stride 0 where the batch shares them."""
+    slopes = alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes.expand(batch, -1)
+    return *score[:2], slopes
 
 
 def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """For every test: uninitialised memory is NaN, and random numbers repeat."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -44,6 +45,14 @@ def any_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param not in config.paths(arch):
         pytest.skip(f"{request.param} does not run on {arch}")
     return device
+
+
+@pytest.fixture
+def gradients_path(any_path: torch.device) -> torch.device:
+    """any_path, where it has gradients of variable lengths."""
+    if os.environ["MINI_FLASH_ATTENTION_BACKEND"] == "sm80":
+        pytest.skip("the SM80 path has no gradients of variable lengths yet")
+    return any_path
 
 
 @pytest.fixture

@@ -42,7 +42,11 @@ def _of_cubin(cubin: bytes) -> list[Resources]:
         if attribute in (FRAME_SIZE, MIN_STACK_SIZE, REGISTER_COUNT):
             symbol, value = struct.unpack("<II", payload)
             values[symbol][attribute] = value
-    return [Resources(of[REGISTER_COUNT], max(of[FRAME_SIZE], of[MIN_STACK_SIZE])) for of in values.values()]
+    # A function that a kernel calls has no count of its own.
+    return [
+        Resources(of.get(REGISTER_COUNT, 0), max(of.get(FRAME_SIZE, 0), of.get(MIN_STACK_SIZE, 0)))
+        for of in values.values()
+    ]
 
 
 def _records(info: bytes) -> Iterator[tuple[int, bytes]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,50 +16,76 @@ from cubin import resources
 from tiny import TinyConfig
 
 from mini_flash_attention import __main__, cache, compile, config, dispatch, flash_attn_func
+from mini_flash_attention.compile import KernelConfig
 from mini_flash_attention.config import ForwardConfig
 from mini_flash_attention.problem import Problem
 
 ARCHS = ("sm_80", "sm_90a", "sm_120a")
-CONFIGS = [row for arch in ARCHS for row in config.forward_configs(arch)]
 
 
-def label(row: ForwardConfig) -> str:
-    return f"{row.kernel}-{row.arch}-{row.dtype}-{row.head_dim}-{row.mask}"
+def features(arch: str) -> Iterator[KernelConfig]:
+    """Each optional feature, once for a row of the tables; the masks take turns."""
+    for path in config.paths(arch):
+        for i, head_dim in enumerate(config.HEAD_DIMS):
+            call = path, arch, "bfloat16", head_dim, config.MASKS[i % 3]
+            page = config.SM90_PAGES[i % 3] if path == "sm90" else 1
+            yield config.forward(*call, ragged=True, score="softcap_alibi")
+            yield config.forward(*call, ragged=True, page=page)
+            yield config.forward(*call, dropout=True)
+            yield config.backward(*call, deterministic=True)
+            if path == "sm90":
+                yield config.backward(*call, ragged=True, score="softcap_alibi")
+                yield config.backward(*call, ragged=True, dropout=True)
+    for head_dim in config.HEAD_DIMS:
+        for rows in (16, 64):
+            yield config.decode(arch, "float16", head_dim, rows, "softcap_alibi", page=1)
+
+
+CONFIGS = [
+    row
+    for arch in ARCHS
+    for rows in (
+        config.forward_configs(arch),
+        config.backward_configs(arch),
+        (row for row in config.decode_configs(arch) if row.dtype == "bfloat16" or not row.page),
+        config.append_configs(arch),
+        features(arch),
+    )
+    for row in rows
+]
+KERNELS = {"fwd_sm80": 1, "bwd_sm80": 3, "bwd_sm90": 3, "decode": 2, "kv_append": 1}  # of a library
+
+
+def label(row: KernelConfig) -> str:
+    facts = dataclasses.asdict(row)
+    names = "dtype", "head_dim", "tile_m", "mask", "score", "rotary", "page"
+    flags = [name for name in ("ragged", "dropout", "deterministic") if facts.get(name)]
+    return "-".join([row.kernel, row.arch, *(str(facts[n]) for n in names if facts.get(n)), *flags])
 
 
 @pytest.fixture(scope="session")
 def all_compiled() -> None:
     """Fills the cache, in parallel. A kernel that fails here fails again in its own test."""
     try:
-        compile.precompile([*CONFIGS, *BACKWARD])
+        compile.precompile(CONFIGS)
     except RuntimeError as error:
         print(error, file=sys.stderr)
 
 
 @pytest.mark.timeout(3600)  # the first of these compiles all kernels
 @pytest.mark.parametrize("row", CONFIGS, ids=label)
-def test_every_kernel_compiles_without_a_stack(row: ForwardConfig, all_compiled: None) -> None:
-    kernels = resources(compile.library(row))
-    assert kernels
-    assert max(kernel.stack_bytes for kernel in kernels) <= row.stack
+def test_every_kernel_compiles_without_a_stack(row: KernelConfig, all_compiled: None) -> None:
+    kernels = [kernel for kernel in resources(compile.library(row)) if kernel.registers]
+    variants = len(row.variants) if row.kernel == "fwd_sm90" else KERNELS[row.kernel]
+    assert len(kernels) == variants
+    assert max(kernel.stack_bytes for kernel in resources(compile.library(row))) <= row.stack
 
 
-BACKWARD = [
-    config.backward_sm90("sm_90a", dtype, head_dim, mask, deterministic)
-    for head_dim in config.SM90_BACKWARD_TILES
-    for dtype in config.DTYPES
-    for mask in config.MASKS
-    for deterministic in ((False, True) if dtype == "bfloat16" else (False,))
-]
-
-
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: f"{label(row)}-{row.deterministic}")
-def test_every_hopper_backward_compiles_without_a_stack(row: config.BackwardSm90, all_compiled: None) -> None:
-    kernels = resources(compile.library(row))
-    assert len(kernels) == 3  # bwd_delta, bwd_sm90, bwd_convert
-    assert max(kernel.stack_bytes for kernel in kernels) == 0
-    assert row.shared_memory + 512 <= config.SHARED_MEMORY[row.arch]  # 512 bytes are enough for the barriers
+@pytest.mark.parametrize("arch", config.SHARED_MEMORY)
+def test_backward_tiles_fit_the_shared_memory(arch: str) -> None:
+    for row in config.backward_configs(arch):
+        barriers = 512 if row.kernel == "bwd_sm90" else 0  # bytes, more than enough
+        assert row.shared_memory + barriers <= config.SHARED_MEMORY[arch]
 
 
 @pytest.mark.parametrize("head_dim", config.SM90_BACKWARD_TILES)
@@ -73,39 +100,6 @@ def test_dq_tiles_are_read_as_they_are_written(head_dim: int) -> None:
     for r in range(0, rows, 4):  # one 32-byte chunk of each of four rows: 128 bytes, all banks
         banks = {bwd_convert.offset(row, r + i, 0) % 32 for i in range(4)}
         assert len(banks) == 4
-
-
-# Every row of the decode tables, once plain, once with pages, once with all that a score function can be.
-DECODE = [
-    config.decode(arch, dtype, head_dim, rows, score, page)
-    for arch in ARCHS
-    for head_dim in config.HEAD_DIMS
-    for rows in (16, 64)
-    for dtype, score, page in (
-        ("bfloat16", "plain", 0),
-        ("bfloat16", "plain", 1),
-        ("float16", "softcap_alibi", 1),
-    )
-]
-APPEND = [row for arch in ARCHS for row in config.append_configs(arch)]
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "row",
-    DECODE,
-    ids=lambda row: f"{row.arch}-{row.dtype}-{row.head_dim}-{row.tile_m}-{row.score}-{row.page}",
-)
-def test_every_decode_kernel_compiles_without_a_stack(row: config.Decode) -> None:
-    kernels = resources(compile.library(row))
-    assert len(kernels) == 2  # decode, combine
-    assert max(kernel.stack_bytes for kernel in kernels) == 0
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("row", APPEND, ids=lambda row: f"{row.arch}-{row.dtype}-{row.rotary}-{row.page}")
-def test_every_append_kernel_compiles_without_a_stack(row: config.KvAppend) -> None:
-    assert [kernel.stack_bytes for kernel in resources(compile.library(row))] == [0]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -8,7 +8,15 @@ import torch
 from error_rule import check_forward
 from torch import Tensor
 
-from mini_flash_attention import config, counters, flash_attn_func, flash_attn_qkvpacked_func
+from mini_flash_attention import (
+    api,
+    config,
+    counters,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
+from mini_flash_attention.philox import keep_mask
 
 FULL, CAUSAL = {}, {"causal": True}
 # tile edges and their neighbours, primes, one row, more queries than keys and fewer
@@ -291,20 +299,76 @@ def test_more_than_2_to_31_elements(path: str) -> None:
     check_forward(out, lse, few, q[:, -1200:], q[:, -1200:], window_left=1000, window_right=0)
 
 
-def test_gradients_are_not_there_yet(path: str) -> None:
-    q, k, v = (x.requires_grad_() for x in inputs(64, 64))
-    out = flash_attn_func(q, k, v)
-    with pytest.raises(NotImplementedError, match="backward"):
-        out.sum().backward()
+# Dropout
 
 
-@pytest.mark.parametrize(
-    "options", [{"dropout_p": 0.1}, {"softcap": 30.0}, {"alibi_slopes": torch.ones(2)}], ids=str
-)
-def test_arguments_that_the_gpu_does_not_serve_are_named(path: str, options: dict) -> None:
-    options = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in options.items()}
-    with pytest.raises(NotImplementedError, match=next(iter(options))):
-        flash_attn_func(*inputs(64, 64), **options)
+@pytest.mark.parametrize("options", [FULL, CAUSAL, WINDOWS[0]], ids=["full", "causal", "window"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_dropout(path: str, head_dim: int, options: dict) -> None:
+    for lengths, dtype in (
+        ((200, 333), torch.bfloat16),
+        ((1500, 1300), torch.float16),
+        ((1, 50), torch.bfloat16),
+    ):
+        q, k, v = inputs(*lengths, 6, 2, head_dim=head_dim, dtype=dtype)
+        out, lse, S_dmask = flash_attn_func(q, k, v, 0.2, return_attn_probs=True, **options)
+        dropout = {"dropout_mask": ~S_dmask.signbit(), "dropout_p": 0.2}
+        check_forward(out, lse, q, k, v, **reference_options(options), **dropout)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.99, 1e-6, 1 - 1e-6])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dropout_drops_the_elements_that_philox_says(
+    path: str, head_dim: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without scores all P are equal, with the identity as V (of some keys) O is P, element by element."""
+    seed = 0xFEDCBA9876543210
+    monkeypatch.setattr(api, "_draw_seed", lambda: seed)
+    q, k, v = (torch.zeros_like(x) for x in inputs(400, 500, 6, 2, head_dim=head_dim))
+    kept = []
+    for start in range(0, 500, head_dim):
+        v.zero_()
+        v[:, start : start + head_dim].diagonal(dim1=1, dim2=3).fill_(1)
+        kept.append(flash_attn_func(q, k, v, dropout_p) > 0)
+    kept = torch.cat(kept, dim=-1)[..., :500].transpose(1, 2)  # (batch, heads, queries, keys)
+    heads = torch.arange(12, device="cuda").view(2, 6, 1)
+    assert torch.equal(kept, keep_mask(seed, dropout_p, heads, torch.arange(400, device="cuda"), range(500)))
+    expected = round((1 - dropout_p) * 2**15) / 2**15
+    deviation = (expected * (1 - expected) / kept.numel()) ** 0.5
+    assert abs(kept.double().mean().item() - expected) <= 5 * deviation
+
+
+def test_dropout_repeats_with_the_seed(path: str) -> None:
+    q, k, v = inputs(300, 300)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.stack([flash_attn_func(q, k, v, 0.3) for _ in range(2)])
+
+    first, again, other = run(1), run(1), run(2)
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("options", [FULL, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dropout_with_variable_lengths(path: str, head_dim: int, options: dict) -> None:
+    """Each sequence as if it were dense, in its place of the batch. Few queries: not by the decode kernel."""
+    for lengths in ([(200, 300), (0, 40), (77, 129), (500, 130), (64, 64)], [(1, 300), (1, 17), (2, 1000)]):
+        seqlens = torch.tensor(lengths, dtype=torch.int32).T
+        starts = torch.nn.functional.pad(seqlens.cumsum(1, dtype=torch.int32), (1, 0)).cuda()
+        total_q, total_k = seqlens.sum(1).tolist()
+        q, k, v = (x[0] for x in inputs(total_q, total_k, 4, 2, head_dim=head_dim, batch=1))
+        out, lse, S_dmask = flash_attn_varlen_func(
+            q, k, v, *starts, *seqlens.amax(1).tolist(), 0.2, return_attn_probs=True, **options
+        )
+        for b, (seqlen_q, seqlen_k) in enumerate(lengths):
+            rows = slice(starts[0, b], starts[0, b] + seqlen_q)
+            keys = slice(starts[1, b], starts[1, b] + seqlen_k)
+            kept = ~S_dmask[b : b + 1, :, :seqlen_q, :seqlen_k].signbit()
+            one = (x[None] for x in (out[rows], lse[:, rows], q[rows], k[keys], v[keys]))
+            dropout = {"dropout_mask": kept, "dropout_p": 0.2}
+            check_forward(*one, **reference_options(options), **dropout)
 
 
 def test_float32_is_for_the_cpu_backend(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

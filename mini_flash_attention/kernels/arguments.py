@@ -8,6 +8,7 @@ from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from mini_flash_attention.config import ELEMENTS
+from mini_flash_attention.kernels.dropout import Dropout
 from mini_flash_attention.kernels.scores import Score
 from mini_flash_attention.kernels.seqlen import Ragged
 
@@ -35,21 +36,22 @@ def forward(config) -> tuple:
 
 
 def backward(config) -> tuple:
-    """(q, k, v, o, do, lse, dlse, stats, dq_acc, dq, dk, dv), then (scale, has_dlse, window_left,
-    window_right, turns). stats, dq_acc and turns: bwd_delta.py.
+    """(q, k, v, o, do, lse, dlse, stats, dq_acc, dq, dk, dv), then (score, has_dlse, window_left,
+    window_right, ragged, dropout, turns). stats, dq_acc and turns: bwd_delta.py.
     """
     dtype = element_type(config)
     batch, seqlen_q, seqlen_k, heads_q, heads_k, m_blocks = (cute.sym_int() for _ in range(6))
     head_dim = cute.sym_int(divisibility=ELEMENTS)
+    batch_k = cute.sym_int() if config.ragged else batch
     q, o, do, dq = (attention_tensor(dtype, batch, seqlen_q, heads_q, head_dim) for _ in range(4))
-    k, v, dk, dv = (attention_tensor(dtype, batch, seqlen_k, heads_k, head_dim) for _ in range(4))
+    k, v, dk, dv = (attention_tensor(dtype, batch_k, seqlen_k, heads_k, head_dim) for _ in range(4))
     rows, order = (batch, heads_q, seqlen_q), (2, 1, 0)
     lse, dlse = (make_fake_compact_tensor(Float32, rows, stride_order=order) for _ in range(2))
     stats = blocks((batch, heads_q, m_blocks), 2, config.tile_m)
     dq_acc = blocks((batch, heads_q, m_blocks), config.tile_m * config.head_dim)
     turns = make_fake_compact_tensor(Int32, tuple(cute.sym_int() for _ in range(3)), stride_order=order)
-    numbers = Float32(1), Int32(1), Int32(1), Int32(1)
-    return q, k, v, o, do, lse, dlse, stats, dq_acc, dq, dk, dv, *numbers, turns
+    numbers = score(config), Int32(1), Int32(1), Int32(1), ragged() if config.ragged else None
+    return q, k, v, o, do, lse, dlse, stats, dq_acc, dq, dk, dv, *numbers, dropout(config), turns
 
 
 def blocks(count: tuple, *block: int) -> cute.Tensor:
@@ -66,6 +68,10 @@ def score(config) -> Score:
         strides = cute.sym_int64(), cute.sym_int64()
         slopes = make_fake_tensor(Float32, (cute.sym_int(), cute.sym_int()), stride=strides, assumed_align=4)
     return Score(Float32(1), softcap, slopes)
+
+
+def dropout(config) -> Dropout | None:
+    return Dropout(Int32(1), Int32(1), Int32(1), Float32(1)) if config.dropout else None
 
 
 def ragged() -> Ragged:

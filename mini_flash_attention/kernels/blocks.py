@@ -93,3 +93,17 @@ def in_swaths(tile, blocks, heads, swath):
     width = smaller(swath, heads - s * swath)  # the last swath may be narrower
     rest = tile - s * swath * blocks
     return rest // width, s * swath + rest % width
+
+
+# Packed rows are cut into blocks segment by segment: segment 0 lies before the first sequence, 1 to batch are
+# the sequences, batch + 1 lies behind the last. Each block has a number of its own; some have no block.
+
+
+def first_block(start, tile, segment):
+    """The number of the first block of a segment that starts at this row."""
+    return start // tile + segment
+
+
+def packed_blocks(rows, tile, batch):
+    """How many numbers there are."""
+    return rows // tile + batch + 2

@@ -1,16 +1,21 @@
 """Backward pass, first kernel: what the main kernel must know of each row, and zeros for it to add to.
 
-  stats (B, Hq, m_blocks, 2, tile_m) float32    -LSE / scale, then -delta
+  stats (B, Hq, m_blocks, 2, tile_m) float32    -LSE in the units of P's exponent (seed_factor), then -delta
   dq_acc (B, Hq, m_blocks, tile_m * d) float32  zeros
   turns (B, Hq, m_blocks) int32                 zeros, if config.deterministic
 
 delta = rowsum(dO * O) - dLSE: dS = P * (dP - delta) is the softmax's gradient, with that of its LSE, whose
 derivative is P too. A row without keys, and one beyond the last, gets (-inf, 0), so that its P is 0.
+Ragged batches: B is 1, and the query blocks are numbered as in blocks.first_block.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
+
+from mini_flash_attention.kernels.bwd_schedule import query_block
+from mini_flash_attention.kernels.scores import LOG2_E, Score
+from mini_flash_attention.kernels.seqlen import Ragged
 
 THREADS = 256
 
@@ -25,7 +30,8 @@ def kernel(
     mStats: cute.Tensor,
     mdQacc: cute.Tensor,
     mTurns: cute.Tensor,
-    inverse_scale: Float32,
+    ragged: Ragged | None,
+    seed_factor: Float32,
     has_dlse: Int32,
 ):
     """A thread block for each query block; a row is read by `lanes` neighbouring threads, 16 bytes each."""
@@ -33,6 +39,7 @@ def kernel(
     tidx, _, _ = cute.arch.thread_idx()
     m_blocks, heads = mStats.shape[2], mStats.shape[1]
     m_block, head, batch = block % m_blocks, block // m_blocks % heads, block // (m_blocks * heads)
+    first, left = query_block(config, ragged, mO.shape[1], m_block)
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_launch_dependents()  # the main kernel may start: it waits for this one
     if const_expr(config.deterministic):
@@ -50,9 +57,9 @@ def kernel(
     gO, gdO = mO[batch, None, head, None], mdO[batch, None, head, None]  # (sq, D)
     for i in cutlass.range_constexpr(config.tile_m * lanes // THREADS):
         r = (i * THREADS + tidx) // lanes
-        row = m_block * config.tile_m + r
+        row = first + r
         delta, seed = Float32(0.0), -Float32.inf
-        if row < gO.shape[0] and 8 * chunk < gO.shape[1]:
+        if r < left and 8 * chunk < gO.shape[1]:
             rO, rdO = (cute.make_rmem_tensor(8, mO.element_type) for _ in range(2))
             cute.autovec_copy(cute.local_tile(gO[row, None], (8,), (chunk,)), rO)
             cute.autovec_copy(cute.local_tile(gdO[row, None], (8,), (chunk,)), rdO)
@@ -60,12 +67,12 @@ def kernel(
             delta = product.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
         delta = cute.arch.warp_reduction_sum(delta, threads_in_group=lanes)
         if chunk == 0:
-            if row < gO.shape[0]:
+            if r < left:
                 lse = mLSE[batch, head, row]
                 if has_dlse != 0:
                     delta -= mdLSE[batch, head, row]
                 if lse != -Float32.inf:
-                    seed = -lse * inverse_scale
+                    seed = -lse * seed_factor
             mStats[batch, head, m_block, 0, r] = seed
             mStats[batch, head, m_block, 1, r] = Float32(0.0) if seed == -Float32.inf else -delta
 
@@ -83,12 +90,14 @@ def launch(
     mStats: cute.Tensor,
     mdQacc: cute.Tensor,
     mTurns: cute.Tensor,
-    scale: Float32,
+    score: Score,
+    ragged: Ragged | None,
     has_dlse: Int32,
     stream,
 ):
     batch, heads, m_blocks = mStats.shape[0], mStats.shape[1], mStats.shape[2]
-    inverse_scale = Float32(1.0) / scale  # here: a division in a kernel is a call
-    kernel(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, inverse_scale, has_dlse).launch(
+    # Plain: a seed of Q·Kᵀ, before the softmax scale. Here: a division in a kernel is a call.
+    seed_factor = Float32(1.0) / score.scale if const_expr(config.score == "plain") else Float32(LOG2_E)
+    kernel(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, ragged, seed_factor, has_dlse).launch(
         grid=(m_blocks * heads * batch, 1, 1), block=(THREADS, 1, 1), stream=stream
     )

@@ -26,7 +26,14 @@ from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments, bwd_delta
 from mini_flash_attention.kernels.blocks import unmasked_queries
-from mini_flash_attention.kernels.bwd_schedule import Block, find_block, find_swath, turn
+from mini_flash_attention.kernels.bwd_schedule import (
+    Block,
+    find_block,
+    find_swath,
+    num_blocks,
+    turn,
+    uniform,
+)
 from mini_flash_attention.kernels.fragments import (
     as_operand_A,
     convert,
@@ -34,7 +41,8 @@ from mini_flash_attention.kernels.fragments import (
     rows_cols,
     store_rows,
 )
-from mini_flash_attention.kernels.seqlen import Sizes
+from mini_flash_attention.kernels.scores import Score, scale_log2
+from mini_flash_attention.kernels.seqlen import Ragged, Sizes, sizes_of
 from mini_flash_attention.kernels.sm80 import (
     Operand,
     add_to_global,
@@ -49,16 +57,22 @@ from mini_flash_attention.kernels.sm80 import (
     put,
     source,
 )
-from mini_flash_attention.kernels.softmax import LOG2_E
 
 K, V = Q, DO = 0, 1  # which of two tiles in shared memory; side 0 multiplies K and Q, side 1 V and dO
 
 
 class Smem(NamedTuple):
     KV: cute.Tensor  # (tile_n, d, 2)
-    QdO: cute.Tensor  # (tile_m, d, 2 * stages): Q and dO of the first slot, of the second
-    dS: cute.Tensor  # (tile_n, tile_m, stages): Pᵀ, which dSᵀ then overwrites
-    stats: cute.Tensor  # (tile_m, 2, stages) float32: -LSE / scale, -delta
+    QdO: cute.Tensor  # (tile_m, d, 4): Q, dO of the first slot, Q, dO of the second
+    dS: cute.Tensor  # (tile_n, tile_m, 2): a slot's Pᵀ, which dSᵀ then overwrites
+    stats: cute.Tensor  # (tile_m, 4) float32: -LSE / scale, -delta of the first slot, of the second
+    block: cute.Tensor  # (5) int32
+
+    @cute.jit
+    def find_block(self) -> Block:
+        """What the thread block works on, asked for anew: the products leave no registers for it."""
+        x = self.block
+        return Block(x[0], x[1], x[2], x[3], x[4])
 
 
 class Loader(NamedTuple):
@@ -69,7 +83,6 @@ class Loader(NamedTuple):
     mdO: cute.Tensor  # (b, sq, h, d)
     mStats: cute.Tensor  # (b, h, m_blocks, 2, tile_m)
     smem: Smem
-    batch: Int32
     tidx: Int32
 
 
@@ -86,8 +99,6 @@ class Work(NamedTuple):
     mdQacc: cute.Tensor  # (b, h, m_blocks, tile_m * d)
     mTurns: cute.Tensor  # (b, h, m_blocks)
     scale_log2: Float32
-    batch: Int32
-    side: Int32
     tidx: Int32
 
     def in_side(self, config) -> Int32:
@@ -107,23 +118,23 @@ def transposed(x: cute.Tensor) -> cute.Tensor:
 @cute.jit
 def load_queries(config: cutlass.Constexpr, x: Loader, head: Int32, m_block: Int32, slot: Int32):
     """Start copying a block of Q and of dO and their statistics; rows beyond the last are zeros."""
-    tile = config.tile_m, config.head_dim
+    tile, batch = (config.tile_m, config.head_dim), x.smem.find_block().batch
     for i, mX in ((Q, x.mQ), (DO, x.mdO)):
-        gX = cute.local_tile(mX[opaque(x.batch), None, opaque(head), None], tile, (m_block, 0))
+        gX = cute.local_tile(mX[batch, None, opaque(head), None], tile, (m_block, 0))
         rows = mX.shape[1] - m_block * config.tile_m
         load_tile(x.copy, gX, x.smem.QdO[None, None, 2 * slot + i], rows, mX.shape[3], x.tidx)
     tidx = opaque(x.tidx)
     if tidx < 2 * config.tile_m // 4:
         flat = cute.make_layout(2 * config.tile_m)
-        gStats = cute.make_tensor(x.mStats[opaque(x.batch), head, m_block, None, None].iterator, flat)
-        sStats = cute.make_tensor(x.smem.stats[None, None, slot].iterator, flat)
+        gStats = cute.make_tensor(x.mStats[batch, head, m_block, None, None].iterator, flat)
+        sStats = cute.make_tensor(x.smem.stats[None, 2 * slot].iterator, flat)
         atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=128)
         cute.copy(atom, cute.local_tile(gStats, (4,), (tidx,)), cute.local_tile(sStats, (4,), (tidx,)))
 
 
 @cute.jit
 def arrive(groups: cutlass.Constexpr):
-    """Everybody's copies but the last `groups` have arrived, and everybody is done with what was read before."""
+    """Everybody's copies but the last `groups` are here, and everybody is done with what was read before."""
     cute.arch.cp_async_wait_group(groups)
     cute.arch.barrier()
 
@@ -141,14 +152,14 @@ def seed(acc: cute.Tensor, sStat: cute.Tensor, lane: Int32):
 
 
 @cute.jit
-def mask(config: cutlass.Constexpr, sizes: Sizes, w: Work, m_block: Int32, n_block: Int32):
+def mask(config: cutlass.Constexpr, sizes: Sizes, w: Work, m_block: Int32):
     """acc_S <- -inf where a query may not see the key, or where there is no key; cf. mask.py."""
     S, rc = rows_cols(w.acc_S), w.coords(config)
     left, right = sizes.window(config.mask)
     start = m_block * config.tile_m + rc[0, 0][1]  # query of this thread's first column
     for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
-        key = n_block * config.tile_n + rc[r, 0][0]
-        diagonal = key + sizes.seqlen_q - sizes.seqlen_k
+        key = w.smem.find_block().n_block * config.tile_n + rc[r, 0][0]
+        diagonal = key + opaque(sizes.seqlen_q) - sizes.seqlen_k
         begin = Int32(0) if key < sizes.seqlen_k else (m_block + 1) * config.tile_m
         if const_expr(right is not None):
             begin = cutlass.max(begin, diagonal - right)
@@ -162,28 +173,93 @@ def mask(config: cutlass.Constexpr, sizes: Sizes, w: Work, m_block: Int32, n_blo
 
 
 @cute.jit
-def step(
-    config: cutlass.Constexpr, sizes: Sizes, block: Block, w: Work, head: Int32, m_block: Int32, slot: Int32
-):
-    """S and P or dP and dS of one query block, then dV or dK; dS is left in shared memory for dQ."""
-    X, Y = w.smem.QdO[None, None, 2 * slot + w.side], w.smem.QdO[None, None, 2 * slot + 1 - w.side]
-    p = operand_A(w.tiled_mma, w.smem.dS[None, None, slot])
+def head_of(sizes: Sizes, smem: Smem, left: Int32) -> Int32:
+    """The query head when `left` of the group are left, itself included."""
+    return (smem.find_block().head_kv + 1) * sizes.group - left
+
+
+@cute.jit
+def following(smem: Smem, left: Int32, m_block: Int32, steps: cutlass.Constexpr):
+    """The query block so many steps later, of the next head after the last one."""
+    block = smem.find_block()
+    for _ in cutlass.range_constexpr(steps):
+        end = m_block + 1 == block.last
+        left, m_block = left - 1 if end else left, block.first if end else m_block + 1
+    return left, m_block
+
+
+@cute.jit
+def add_dQ(config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32, m_block: Int32, slot: Int32):
+    """dq_acc += dS·K of the query block before; slot: its dS."""
+    block = w.smem.find_block()
+    start = opaque(m_block) == block.first
+    left = opaque(left) + 1 if start else left
+    m_block = block.last - 1 if start else m_block - 1
+    if left <= sizes.group:
+        add_dS_K(config, sizes, w, head_of(sizes, w.smem, left), m_block, slot)
+
+
+@cute.jit
+def turn_counter(w: Work, head: Int32, m_block: Int32):
+    """Where the warps that have added to a tile of dq_acc are counted."""
+    turns = w.mTurns[w.smem.find_block().batch, opaque(head), None]
+    return cute.local_tile(turns, (1,), (opaque(m_block),)).iterator.llvm_ptr
+
+
+@cute.jit
+def add_dS_K(config: cutlass.Constexpr, sizes: Sizes, w: Work, head: Int32, m_block: Int32, slot: Int32):
+    a = operand_A(w.tiled_mma_dQ, transposed(w.smem.dS[None, None, slot]), transpose=True)
+    b = operand_B(w.tiled_mma_dQ, transposed(w.smem.KV[None, None, K]), transpose=True)
+    w.acc_dQ.fill(0.0)
+    gemm(w.tiled_mma_dQ, w.acc_dQ, a, b, w.tidx)
+    if const_expr(config.deterministic):
+        lengths = sizes.of(opaque(sizes.seqlen_q), opaque(sizes.seqlen_k))
+        mine = config.warps * turn(config, lengths, w.smem.find_block().n_block, m_block)
+        done = Int32(-1)  # warps that have added to this tile
+        while done < mine:
+            done = cute.arch.load(turn_counter(w, head, m_block), Int32, sem="acquire", scope="gpu")
+    size = config.dq_vector
+    acc = w.mdQacc[w.smem.find_block().batch, head, m_block, None].iterator + size * opaque(w.tidx)
+    for i in cutlass.range_constexpr(0, cute.size(w.acc_dQ), size):
+        values = [w.acc_dQ[i + j] for j in range(size)]
+        add_to_global(acc + i * 32 * config.warps, values)
+    if const_expr(config.deterministic):
+        cute.arch.fence_acq_rel_gpu()  # each lane's additions come before the warp's turn is over
+        cute.arch.sync_warp()
+        if opaque(w.tidx) % 32 == 0:
+            cute.arch.atomic_add(turn_counter(w, head, m_block), Int32(1), sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def step(config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32, m_block: Int32, at: Int32):
+    """S and P or dP and dS of one query block, then dV or dK; dS is left in shared memory for dQ.
+
+    And dQ of the block before: by side 1 first, by side 0 after P, so that one side's products run under the
+    other's arithmetic.
+    """
+    if (at & 1) == 1:
+        add_dQ(config, sizes, w, left, m_block, 1 - (at >> 1))
+    X, Y = w.smem.QdO[None, None, at], w.smem.QdO[None, None, at ^ 1]
+    p = operand_A(w.tiled_mma, w.smem.dS[None, None, at >> 1])
     p = Operand(w.P, p.copy, p.sX, p.chunk_bits)
     in_side, pair = w.in_side(config), 1 + w.in_side(config) // 32
-    seed(w.acc_S, w.smem.stats[None, w.side, slot], opaque(w.tidx) % 32)
-    a = operand_A(w.tiled_mma, w.smem.KV[None, None, w.side])
+    seed(w.acc_S, w.smem.stats[None, at], opaque(w.tidx) % 32)
+    a = operand_A(w.tiled_mma, w.smem.KV[None, None, at & 1])
     gemm(w.tiled_mma, w.acc_S, a, operand_B(w.tiled_mma, X, transpose=False), in_side)
     S = as_operand_A(w.acc_S)
-    if w.side == 0:
+    if (at & 1) == 0:
         lengths = config.tile_m, config.tile_n, opaque(sizes.seqlen_q), opaque(sizes.seqlen_k)
-        free_first, free_last = unmasked_queries(opaque(block.n_block), *lengths, *sizes.window(config.mask))
+        free_first, free_last = unmasked_queries(
+            w.smem.find_block().n_block, *lengths, *sizes.window(config.mask)
+        )
         if m_block < free_first or m_block >= free_last:
-            mask(config, sizes, w, m_block, block.n_block)
+            mask(config, sizes, w, m_block)
         for i in cutlass.range_constexpr(cute.size(S)):
             S[i] = cute.math.exp2(S[i] * w.scale_log2, fastmath=True)
         convert(S, w.P)
         put(w.tiled_mma, p, in_side)
         cute.arch.barrier_arrive(barrier_id=pair, number_of_threads=64)  # P is there for side 1
+        add_dQ(config, sizes, w, left, m_block, 1 - (at >> 1))
     else:
         cute.arch.barrier(barrier_id=pair, number_of_threads=64)
         place = source(p, in_side)
@@ -195,43 +271,6 @@ def step(
             convert(dS, P)
         put(w.tiled_mma, p, in_side)
     gemm(w.tiled_mma, w.acc, Operand(w.P), operand_B(w.tiled_mma, transposed(Y), transpose=True), in_side)
-
-
-@cute.jit
-def add_dQ(
-    config: cutlass.Constexpr, sizes: Sizes, block: Block, w: Work, head: Int32, m_block: Int32, slot: Int32
-):
-    """dq_acc += dS·K of one query block."""
-    a = operand_A(w.tiled_mma_dQ, transposed(w.smem.dS[None, None, slot]), transpose=True)
-    b = operand_B(w.tiled_mma_dQ, transposed(w.smem.KV[None, None, K]), transpose=True)
-    w.acc_dQ.fill(0.0)
-    gemm(w.tiled_mma_dQ, w.acc_dQ, a, b, w.tidx)
-    turns = cute.local_tile(w.mTurns[opaque(w.batch), head, None], (1,), (m_block,)).iterator.llvm_ptr
-    if const_expr(config.deterministic):
-        lengths = sizes.of(opaque(sizes.seqlen_q), opaque(sizes.seqlen_k))
-        mine = config.warps * turn(config, lengths, opaque(block.n_block), m_block)
-        done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")  # warps that have added to this tile
-        while done < mine:
-            done = cute.arch.load(turns, Int32, sem="acquire", scope="gpu")
-    size = config.dq_vector
-    acc = w.mdQacc[opaque(w.batch), head, m_block, None].iterator + size * opaque(w.tidx)
-    for i in cutlass.range_constexpr(0, cute.size(w.acc_dQ), size):
-        values = [w.acc_dQ[i + j] for j in range(size)]
-        add_to_global(acc + i * 32 * config.warps, values)
-    if const_expr(config.deterministic):
-        cute.arch.fence_acq_rel_gpu()  # each lane's additions come before the warp's turn is over
-        cute.arch.sync_warp()
-        if opaque(w.tidx) % 32 == 0:
-            cute.arch.atomic_add(turns, Int32(1), sem="relaxed", scope="gpu")
-
-
-@cute.jit
-def following(block: Block, head: Int32, m_block: Int32, steps: cutlass.Constexpr):
-    """The query block so many steps later, of the next head after the last one."""
-    for _ in cutlass.range_constexpr(steps):
-        end = m_block + 1 == block.last
-        head, m_block = head + 1 if end else head, block.first if end else m_block + 1
-    return head, m_block
 
 
 @cute.kernel
@@ -249,21 +288,24 @@ def kernel(
     mdV: cute.Tensor,
     mTurns: cute.Tensor,
     scale: Float32,
+    scale_log2: Float32,
     tiled_mma: cute.TiledMma,
     tiled_mma_dQ: cute.TiledMma,
     tiled_load: cute.TiledCopy,
     layouts: tuple,
 ):
     tidx, _, _ = cute.arch.thread_idx()
-    # The same in all lanes: said for the compiler, which keeps what follows in uniform registers.
-    block = Block(*(cute.arch.make_warp_uniform(x) for x in find_block(config, sizes, swath)))
+    block = uniform(find_block(config, sizes, None, swath))
     n_block, head_k, batch = block.n_block, block.head_kv, block.batch
 
     allocator, dtype = SmemAllocator(), mQ.element_type
     tiles = [allocator.allocate_tensor(dtype, x.outer, 1024, swizzle=x.inner) for x in layouts]
-    stats = cute.make_layout((config.tile_m, 2, config.stages))
-    smem = Smem(*tiles, allocator.allocate_tensor(Float32, stats, 128))
-    x = Loader(tiled_load, mQ, mdO, mStats, smem, batch, tidx)
+    stats = cute.make_layout((config.tile_m, 4))
+    stats = allocator.allocate_tensor(Float32, stats, 128)
+    smem = Smem(*tiles, stats, allocator.allocate_tensor(Int32, cute.make_layout(5)))
+    for i in cutlass.range_constexpr(5):
+        smem.block[i] = block[i]
+    x = Loader(tiled_load, mQ, mdO, mStats, smem, tidx)
 
     side = cute.arch.make_warp_uniform(tidx // (16 * config.warps))
     thr_mma = tiled_mma.get_slice(tidx % (16 * config.warps))
@@ -282,9 +324,7 @@ def kernel(
         cute.make_rmem_tensor(as_operand_A(acc_S).shape, dtype),
         mdQacc,
         mTurns,
-        scale * Float32(LOG2_E),
-        batch,
-        side,
+        scale_log2,
         tidx,
     )
 
@@ -294,42 +334,41 @@ def kernel(
         load_tile(tiled_load, gX, smem.KV[None, None, i], rows, mX.shape[3], tidx)
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()  # bwd_delta is done
-    first_head, end = head_k * sizes.group, (head_k + 1) * sizes.group
-    head = first_head if block.first < block.last else end
-    m_block, slot = block.first, Int32(0)
-    for ahead in cutlass.range_constexpr(config.stages):
-        next_head, next_block = following(block, head, m_block, ahead)
-        if next_head < end:
-            load_queries(config, x, next_head, next_block, Int32(ahead))
+    left = sizes.group if block.first < block.last else Int32(0)
+    m_block, at = block.first, side
+    for ahead in cutlass.range_constexpr(2):
+        next_left, next_block = following(smem, left, m_block, ahead)
+        if next_left > 0:
+            load_queries(config, x, head_of(sizes, smem, next_left), next_block, Int32(ahead))
         cute.arch.cp_async_commit_group()
     acc.fill(0.0)
-    arrive(config.stages - 1)  # K, V and the first query block are here
-    while head < end:
-        step(config, sizes, block, w, head, m_block, slot)
+    arrive(1)  # K, V and the first query block are here
+    while left > 0:
+        step(config, sizes, w, left, m_block, at)
         arrive(0)  # dS is complete, the next query block here, and nobody reads this one any more
-        next_head, next_block = following(block, head, m_block, config.stages)
-        if next_head < end:
-            load_queries(config, x, next_head, next_block, slot)
+        next_left, next_block = following(smem, left, m_block, 2)
+        if next_left > 0:
+            load_queries(config, x, head_of(sizes, smem, next_left), next_block, at >> 1)
         cute.arch.cp_async_commit_group()
-        add_dQ(config, sizes, block, w, head, m_block, slot)
-        if const_expr(config.stages == 1):
-            arrive(0)  # the next query block is here, and nobody reads dS any more
-        head, m_block = following(block, head, m_block, 1)
-        slot = (slot + 1) % config.stages
+        left, m_block = following(smem, left, m_block, 1)
+        at = at ^ 2
+    block = smem.find_block()
+    if block.first < block.last:
+        add_dQ(config, sizes, w, left, m_block, 1 - (at >> 1))
 
     rc = w.coords(config)
     rows = cute.make_rmem_tensor(cute.size(rc, mode=[0]), Int32)
     for r in cutlass.range_constexpr(cute.size(rows)):
-        rows[r] = n_block * config.tile_n + rc[r, 0][0]
-    factor = Float32(1.0) if side == 0 else scale
+        rows[r] = block.n_block * config.tile_n + rc[r, 0][0]
+    factor = Float32(1.0) if (at & 1) == 0 else scale
     for i in cutlass.range_constexpr(cute.size(acc)):
         acc[i] = acc[i] * factor
     out = cute.make_rmem_tensor(acc.shape, dtype)
     convert(acc, out)
-    if side == 0:
-        store_rows(out, mdV[batch, None, head_k, None], rows, tidx % 32)
+    if (at & 1) == 0:
+        store_rows(out, mdV[block.batch, None, block.head_kv, None], rows, tidx % 32)
     else:
-        store_rows(out, mdK[batch, None, head_k, None], rows, tidx % 32)
+        store_rows(out, mdK[block.batch, None, block.head_kv, None], rows, tidx % 32)
 
 
 kernel.set_name_prefix("mfa_bwd_sm80", remove_cutlass_symbol=True)
@@ -397,32 +436,32 @@ def launch(
     mdQ: cute.Tensor,
     mdK: cute.Tensor,
     mdV: cute.Tensor,
-    scale: Float32,
+    score: Score,
     has_dlse: Int32,
     window_left: Int32,
     window_right: Int32,
+    ragged: Ragged | None,
+    dropout: None,
     mTurns: cute.Tensor,
     config: cutlass.Constexpr,
     stream,
 ):
     """The tensors are as in the module's first lines; stats, dq_acc and turns as in bwd_delta.py."""
     dtype, d = mQ.element_type, config.head_dim
-    tile_m, tile_n, stages = config.tile_m, config.tile_n, config.stages
-    batch, seqlen_q, heads, _ = mQ.shape
-    group = heads // mK.shape[2]
-    sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
+    tile_m, tile_n = config.tile_m, config.tile_n
+    sizes = sizes_of(config, mQ, mK, window_left, window_right, ragged)
     layouts = (
         hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (tile_n, tile_m, d), dtype, 2),
-        hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (tile_m, tile_n, d), dtype, 2 * stages),
-        hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (tile_n, d, tile_m), dtype, stages),
+        hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (tile_m, tile_n, d), dtype, 4),
+        hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (tile_n, d, tile_m), dtype, 2),
     )
     tiled_mma_dQ = make_tiled_mma(dtype, config.warps_m, config.warps // config.warps_m)
-    bwd_delta.launch(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, scale, has_dlse, stream)
-    tiles, threads = cute.ceil_div(mK.shape[1], tile_n) * (heads // group) * batch, 32 * config.warps
+    bwd_delta.launch(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, score, ragged, has_dlse, stream)
+    threads = 32 * config.warps
     kernel(
         config,
         sizes,
-        find_swath(config, sizes),
+        find_swath(config, sizes, None),
         mQ,
         mK,
         mV,
@@ -432,14 +471,17 @@ def launch(
         mdK,
         mdV,
         mTurns,
-        scale,
+        score.scale,
+        scale_log2(config, score),
         make_tiled_mma(dtype, config.warps // 2),
         tiled_mma_dQ,
         make_tiled_load(dtype, threads, d),
         layouts,
-    ).launch(grid=(tiles, 1, 1), block=(threads, 1, 1), stream=stream, use_pdl=config.pdl)
-    convert_dQ(config, mdQacc, mdQ, scale, tiled_mma_dQ).launch(
-        grid=(mdQacc.shape[2] * heads * batch, 1, 1),
+    ).launch(
+        grid=(num_blocks(config, sizes, None), 1, 1), block=(threads, 1, 1), stream=stream, use_pdl=config.pdl
+    )
+    convert_dQ(config, mdQacc, mdQ, score.scale, tiled_mma_dQ).launch(
+        grid=(mdQacc.shape[2] * sizes.heads * sizes.batch, 1, 1),
         block=(threads, 1, 1),
         stream=stream,
         use_pdl=config.pdl,

@@ -18,35 +18,46 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
 from cutlass import Boolean, Float32, Int32, const_expr
-from cutlass.block import block_copy
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments, bwd_convert, bwd_delta, bwd_sm90_wide
 from mini_flash_attention.kernels.blocks import query_blocks, unmasked_queries
-from mini_flash_attention.kernels.bwd_schedule import Block, find_block, find_swath
+from mini_flash_attention.kernels.bwd_schedule import Block, find_block, find_swath, num_blocks
 from mini_flash_attention.kernels.bwd_sm90_parts import (
     CONSUMER_WGS,
     CONSUMERS,
     DQ_WARP,
     LOAD_WARP,
     THREADS,
+    WG,
+    Gradient,
     Mmas,
+    Scores,
     Shared,
+    clear_beyond,
+    clear_queries,
     compute_dq,
-    exponentials,
+    factors,
+    finish_dS,
     hand_over,
-    mask,
+    issue_dP,
+    issue_S,
+    make_scores,
+    probabilities,
     produce,
-    seed,
+    set_head,
+    store_rows_of,
+    store_tile,
     thread_stats,
     transposed,
 )
+from mini_flash_attention.kernels.dropout import Dropout
 from mini_flash_attention.kernels.fragments import as_operand_A, convert
-from mini_flash_attention.kernels.seqlen import Sizes
+from mini_flash_attention.kernels.scores import Score, in_log2
+from mini_flash_attention.kernels.seqlen import Ragged, Sizes, sizes_of
 from mini_flash_attention.kernels.sm90 import Tma, init_rings, make_ring, make_tma, release, wgmma
-from mini_flash_attention.kernels.softmax import LOG2_E
 
 
 class Work(NamedTuple):
@@ -69,7 +80,7 @@ class Work(NamedTuple):
     stats: cute.Tensor  # this thread's columns of sStats: ((2, tile_m / 8), 2, stages)
     store_dS: cute.TiledCopy
     tdSsdS: cute.Tensor  # (COPY, 1, tile_m / 16, 2)
-    scale_log2: Float32
+    scores: Scores
 
 
 @cute.jit
@@ -87,21 +98,22 @@ def step(
     slot, do_slot = s.q_ring.slot(it), s.do_ring.slot(it)
     s.q_ring.wait_full(it)
     s.ds_ring.wait_empty(it)  # dS of two blocks ago is read; not later: a wait under a wgmma costs registers
-    seed(w.acc_S, w.stats[None, 0, slot])
-    wgmma(w.mmas.sdp, w.acc_S, w.tSrK, w.tSrQ[None, None, None, slot], True)
+    stat = w.stats[None, 0, slot]
+    issue_S(config, w.mmas.sdp, w.acc_S, w.tSrK, w.tSrQ[None, None, None, slot], stat)
     warpgroup.wait_group(0)  # S
-    if masked:
-        mask(config, sizes, w.acc_S, key, query)
-    exponentials(w.acc_S, w.scale_log2)
-    P = cute.make_rmem_tensor(w.acc_S.layout, s.sQ.element_type)
-    convert(w.acc_S, P)
+    acc_F = cute.make_rmem_tensor(w.acc_S.layout, Float32) if const_expr(config.factored) else None
+    probabilities(config, sizes, w.scores, w.acc_S, stat, key, query, masked, acc_F)
+    P, F = factors(config, w.scores, w.acc_S, acc_F, key, query)
+    if const_expr(config.factored):
+        put_factor(s, w, it, F)
     s.do_ring.wait_full(it)
-    seed(w.acc_dP, w.stats[None, 1, slot])
-    wgmma(w.mmas.sdp, w.acc_dP, w.tdPrV, w.tdPrdO[None, None, None, do_slot], True)
+    stat = w.stats[None, 1, slot]
+    issue_dP(config, w.mmas.sdp, w.acc_dP, w.tdPrV, w.tdPrdO[None, None, None, do_slot], stat)
     wgmma(w.mmas.dkv, w.acc_dV, as_operand_A(P), w.tdVrdO[None, None, None, do_slot], True)
     warpgroup.wait_group(1)  # dP; dV runs on
     # From the rounded P: the float32 one's registers are gone.
-    w.acc_dP.store(P.load().to(Float32) * w.acc_dP.load())
+    F = take_factor(s, w, it) if const_expr(config.factored) else P
+    finish_dS(config, w.scores.dropout, w.acc_dP, F, stat)
     dS = cute.make_rmem_tensor(w.acc_dP.layout, s.sQ.element_type)
     convert(w.acc_dP, dS)
     hand_over(s, w, it, dS)
@@ -110,6 +122,23 @@ def step(
     release(s.do_ring, it, w.lane)
     warpgroup.wait_group(0)  # dK: Q and stats may be overwritten
     release(s.q_ring, it, w.lane)
+
+
+@cute.jit
+def put_factor(s: Shared, w: Work, it: Int32, F: cute.Tensor):
+    """What dS takes in P's place waits in dS's slot: there are no registers for it."""
+    cute.copy(w.store_dS, w.store_dS.retile(F), w.tdSsdS[None, None, None, s.ds_ring.slot(it)])
+
+
+@cute.jit
+def take_factor(s: Shared, w: Work, it: Int32) -> cute.Tensor:
+    F = cute.make_rmem_tensor(w.acc_dP.layout, s.sQ.element_type)
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), s.sQ.element_type)
+    load_F = cute.make_tiled_copy_C(atom, w.mmas.sdp).get_slice(w.tidx)
+    cute.arch.sync_warp()  # all lanes have put theirs
+    cute.copy(atom, load_F.partition_S(s.sdSt)[None, None, None, s.ds_ring.slot(it)], load_F.retile(F))
+    cute.arch.sync_warp()  # all lanes have taken theirs: dS may come
+    return F
 
 
 @cute.jit
@@ -132,8 +161,8 @@ def consume(
     block: Block,
     s: Shared,
     w: Work,
-    dk: Tma,
-    dv: Tma,
+    dk: Gradient,
+    dv: Gradient,
     scale: Float32,
 ):
     """A consumer warp."""
@@ -144,12 +173,20 @@ def consume(
     first, last = block.first, block.last
     if const_expr(config.mask != "full"):
         first, last = query_blocks(half, *lengths, *sizes.window(config.mask))
+        if const_expr(config.ragged):  # there may be rows of k without a key in all of the thread block
+            last = cutlass.min(last, block.last)
+            first = cutlass.min(first, last)
     free_first, free_last = unmasked_queries(half, *lengths, *sizes.window(config.mask))
     key = half * 64 + w.tidx % 128 // 32 * 16 + w.lane // 4
     s.k_ring.wait_full(Int32(0))
     s.v_ring.wait_full(Int32(0))
+    if const_expr(config.ragged):
+        for sX in (s.sK, s.sV):
+            sX = cute.local_tile(sX[None, None, 0], (64, config.head_dim), (w.wg, 0))
+            clear_beyond(sX, sizes.seqlen_k, 64 * half, WG + w.wg)
     it = Int32(0)
-    for _ in cutlass.range(sizes.group, unroll=1):
+    for g in cutlass.range(sizes.group, unroll=1):
+        set_head(config, sizes, w.scores, block.batch, block.head_kv * sizes.group + g)
         for _ in cutlass.range(first - block.first, unroll=1):
             skip(s, w, it)
             it += 1
@@ -158,6 +195,8 @@ def consume(
             if const_expr(config.mask != "full"):
                 masked = masked | (m_block < free_first)
             query = m_block * config.tile_m + 2 * (w.lane % 4)
+            if const_expr(config.ragged):
+                clear_queries(config, sizes, s, it, m_block, WG + w.wg)
             step(config, sizes, s, w, it, key, query, masked)
             it += 1
         for _ in cutlass.range(block.last - last, unroll=1):
@@ -167,15 +206,30 @@ def consume(
 
 
 @cute.jit
-def store(config: cutlass.Constexpr, block: Block, s: Shared, w: Work, dk: Tma, dv: Tma, scale: Float32):
+def store(
+    config: cutlass.Constexpr, block: Block, s: Shared, w: Work, dk: Gradient, dv: Gradient, scale: Float32
+):
     """dV through V's shared memory, dK through Q's: the dQ WG may still be reading K."""
+    for i in cutlass.range_constexpr(cute.size(w.acc_dK)):
+        w.acc_dK[i] = w.acc_dK[i] * scale
+        if const_expr(config.dropout):
+            w.acc_dV[i] = w.acc_dV[i] * w.scores.dropout.rescale
+    if const_expr(not config.ragged):  # noqa: SIM114, only one of the conditions is known to the compiler
+        store_bulk(config, block, s, w, dk, dv)
+    elif (block.n_block + 1) * config.tile_n <= block.sequence.room:
+        store_bulk(config, block, s, w, dk, dv)
+    else:  # the next sequence's rows follow
+        for acc, x in ((w.acc_dV, dv), (w.acc_dK, dk)):
+            store_rows_of(config, block, acc, x, w.tidx)
+
+
+@cute.jit
+def store_bulk(config: cutlass.Constexpr, block: Block, s: Shared, w: Work, dk: Gradient, dv: Gradient):
     dtype = s.sQ.element_type
     sdV = s.sV[None, None, 0]  # (tile_n, d)
     sdK = cute.make_tensor(s.sQ.iterator, sdV.layout)  # (tile_n, d)
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), dtype)
     thr_store = cute.make_tiled_copy_C(atom, w.mmas.dkv).get_slice(w.tidx)
-    for i in cutlass.range_constexpr(cute.size(w.acc_dK)):
-        w.acc_dK[i] = w.acc_dK[i] * scale
     cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=256)  # both WGs are done with V and Q
     for acc, sX in ((w.acc_dV, sdV), (w.acc_dK, sdK)):
         X = cute.make_rmem_tensor(acc.layout, dtype)
@@ -185,14 +239,12 @@ def store(config: cutlass.Constexpr, block: Block, s: Shared, w: Work, dk: Tma, 
     cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=256)  # both tiles are complete
     if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
         for x, sX in ((dv, sdV), (dk, sdK)):
-            gX = x.tensor[None, None, block.head_kv, block.batch]  # (sk, D)
-            gX = cute.local_tile(gX, (config.tile_n, config.head_dim), (block.n_block, 0))
-            block_copy(x.atom, cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2))
+            store_tile(config, block, x, sX)
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory must outlive the reads
 
 
-def make_work(config, s: Shared, mmas: Mmas, scale_log2: Float32) -> Work:
+def make_work(config, s: Shared, mmas: Mmas, score: Score, dropout: Dropout | None) -> Work:
     tidx, _, _ = cute.arch.thread_idx()
     wg = cute.arch.make_warp_uniform(tidx // 128)
     lane = cute.arch.lane_idx()
@@ -226,8 +278,50 @@ def make_work(config, s: Shared, mmas: Mmas, scale_log2: Float32) -> Work:
         stats=thread_stats(config, s, lane),
         store_dS=store_dS,
         tdSsdS=store_dS.partition_D(s.sdSt),
-        scale_log2=scale_log2,
+        scores=make_scores(score, dropout),
     )
+
+
+class Call(NamedTuple):
+    """What a thread block works on and with, but for shared memory."""
+
+    sizes: Sizes  # of the sequence
+    block: Block
+    scale: Float32
+    score: Score  # in_log2
+    dropout: Dropout | None
+    q: Tma
+    k: Tma
+    v: Tma
+    do: Tma
+    dk: Gradient
+    dv: Gradient
+    mStats: cute.Tensor
+    mdQacc: cute.Tensor
+    mTurns: cute.Tensor
+    mmas: Mmas
+
+
+@cute.jit
+def run_role(config: cutlass.Constexpr, c: Call, s: Shared):
+    """What this warp does."""
+    warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    consumer, dq, loader = config.registers
+    if warp_idx >= LOAD_WARP:
+        cute.arch.setmaxregister_decrease(loader)
+        if warp_idx == LOAD_WARP:
+            produce(config, c.sizes, c.block, c.q, c.k, c.v, c.do, c.mStats, s)
+    elif warp_idx >= DQ_WARP:
+        cute.arch.setmaxregister_decrease(dq)
+        compute_dq(config, c.sizes, c.block, c.mmas.dq, c.mdQacc, c.mTurns, s)
+    else:
+        cute.arch.setmaxregister_increase(consumer)
+        if const_expr(config.wide):
+            scores = make_scores(c.score, c.dropout)
+            bwd_sm90_wide.consume(config, c.sizes, c.block, c.mmas, s, scores, c.dk, c.dv, c.scale)
+        else:
+            w = make_work(config, s, c.mmas, c.score, c.dropout)
+            consume(config, c.sizes, c.block, s, w, c.dk, c.dv, c.scale)
 
 
 class Layouts(NamedTuple):
@@ -244,16 +338,19 @@ def kernel(
     config: cutlass.Constexpr,
     sizes: Sizes,
     swath: Int32,
+    ragged: Ragged | None,
+    scale: Float32,
+    score: Score,
+    dropout: Dropout | None,
     q: Tma,
     k: Tma,
     v: Tma,
     do: Tma,
-    dk: Tma,
-    dv: Tma,
+    dk: Gradient,
+    dv: Gradient,
     mStats: cute.Tensor,
     mdQacc: cute.Tensor,
     mTurns: cute.Tensor,
-    scale: Float32,
     mmas: Mmas,
     layouts: Layouts,
 ):
@@ -279,26 +376,20 @@ def kernel(
                 init_rings((ds_ring, p_ring), 4, 4)
             else:
                 init_rings((ds_ring,), 4, 4 * CONSUMER_WGS)
-        for x in (q, k, v, do, dk, dv):
+        for x in (q, k, v, do, dk.tma, dv.tma):
             cpasync.prefetch_descriptor(x.atom)
     cute.arch.barrier()  # the mbarriers are there
     cute.arch.griddepcontrol_launch_dependents()  # bwd_convert may start: it waits for this kernel
-    block = find_block(config, sizes, swath)
-    consumer, dq, loader = config.registers
-    if warp_idx >= LOAD_WARP:
-        cute.arch.setmaxregister_decrease(loader)
-        if warp_idx == LOAD_WARP:
-            produce(config, sizes, block, q, k, v, do, mStats, s)
-    elif warp_idx >= DQ_WARP:
-        cute.arch.setmaxregister_decrease(dq)
-        compute_dq(config, sizes, block, mmas.dq, mdQacc, mTurns, s)
+    block = find_block(config, sizes, ragged, swath)
+    call = Call(
+        block.sizes(sizes), block, scale, score, dropout, q, k, v, do, dk, dv, mStats, mdQacc, mTurns, mmas
+    )
+    if const_expr(not config.ragged):  # noqa: SIM114, only one of the conditions is known to the compiler
+        run_role(config, call, s)
+    elif block.n_block >= 0:
+        run_role(config, call, s)
     else:
-        cute.arch.setmaxregister_increase(consumer)
-        if const_expr(config.wide):
-            bwd_sm90_wide.consume(config, sizes, block, mmas, s, dk, dv, scale)
-        else:
-            w = make_work(config, s, mmas, scale * Float32(LOG2_E))
-            consume(config, sizes, block, s, w, dk, dv, scale)
+        cute.arch.griddepcontrol_wait()  # bwd_convert waits for this kernel alone, but needs bwd_delta
 
 
 kernel.set_name_prefix("mfa_bwd_sm90", remove_cutlass_symbol=True)
@@ -318,10 +409,12 @@ def launch(
     mdQ: cute.Tensor,
     mdK: cute.Tensor,
     mdV: cute.Tensor,
-    scale: Float32,
+    score: Score,
     has_dlse: Int32,
     window_left: Int32,
     window_right: Int32,
+    ragged: Ragged | None,
+    dropout: Dropout | None,
     mTurns: cute.Tensor,
     config: cutlass.Constexpr,
     stream,
@@ -330,9 +423,7 @@ def launch(
 
     mdLSE is read if has_dlse; batch, heads and lengths are not 0.
     """
-    batch, seqlen_q, heads, _ = mQ.shape
-    group = heads // mK.shape[2]
-    sizes = Sizes(seqlen_q, mK.shape[1], heads, batch, group, window_left, window_right)
+    sizes = sizes_of(config, mQ, mK, window_left, window_right, ragged)
     dtype = mQ.element_type
     m, n, d = config.tile_m, config.tile_n, config.head_dim
     sQ, sdO = (
@@ -352,18 +443,20 @@ def launch(
     g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
     q, do = (make_tma(g2s, x, layout, (m, d)) for x, layout in ((mQ, sQ), (mdO, sdO)))
     k, v = (make_tma(g2s, x, sK, (n, d)) for x in (mK, mV))
-    dk, dv = (make_tma(s2g, x, sK, (n, d)) for x in (mdK, mdV))
-    bwd_delta.launch(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, scale, has_dlse, stream)
-    swath = find_swath(config, sizes)
+    dk, dv = (Gradient(make_tma(s2g, x, sK, (n, d)), x if config.ragged else None) for x in (mdK, mdV))
+    bwd_delta.launch(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, score, ragged, has_dlse, stream)
+    swath = find_swath(config, sizes, ragged)
     layouts = Layouts(sQ, sdO, sK, sdSt)
-    kernel(config, sizes, swath, q, k, v, do, dk, dv, mStats, mdQacc, mTurns, scale, mmas, layouts).launch(
-        grid=(cute.ceil_div(sizes.seqlen_k, n) * (heads // group) * batch, 1, 1),
+    scores = score.scale, in_log2(config, score), dropout
+    tensors = q, k, v, do, dk, dv, mStats, mdQacc, mTurns
+    kernel(config, sizes, swath, ragged, *scores, *tensors, mmas, layouts).launch(
+        grid=(num_blocks(config, sizes, ragged), 1, 1),
         block=(THREADS, 1, 1),
         min_blocks_per_mp=1,
         stream=stream,
         use_pdl=config.pdl,
     )
-    bwd_convert.launch(config, mdQacc, mdQ, scale, stream)
+    bwd_convert.launch(config, mdQacc, mdQ, ragged, score.scale, stream)
 
 
 def fake_arguments(config) -> tuple:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
-from cutlass.block import block_copy
 from cutlass.cute.nvgpu import warp, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -18,19 +17,29 @@ from mini_flash_attention.kernels.blocks import unmasked_queries
 from mini_flash_attention.kernels.bwd_schedule import Block
 from mini_flash_attention.kernels.bwd_sm90_parts import (
     CONSUMERS,
+    WG,
+    Gradient,
     Mmas,
+    Scores,
     Shared,
-    exponentials,
+    clear_beyond,
+    clear_queries,
+    factors,
+    finish_dS,
     hand_over,
-    mask,
-    seed,
+    issue_dP,
+    issue_S,
+    probabilities,
+    set_head,
+    store_rows_of,
+    store_tile,
     thread_stats,
     transposed,
 )
+from mini_flash_attention.kernels.dropout import Dropout
 from mini_flash_attention.kernels.fragments import as_operand_A, convert
 from mini_flash_attention.kernels.seqlen import Sizes
-from mini_flash_attention.kernels.sm90 import Tma, commit, release, wgmma
-from mini_flash_attention.kernels.softmax import LOG2_E
+from mini_flash_attention.kernels.sm90 import commit, release, wgmma
 
 
 def allocate_P(config, smem: SmemAllocator, dtype: type) -> cute.Tensor:
@@ -89,23 +98,21 @@ def step_dV(
     key: Int32,
     query: Int32,
     masked: Boolean,
-    scale_log2: Float32,
+    scores: Scores,
 ):
     """One query block of WG 0."""
     slot = s.q_ring.slot(it)
     s.q_ring.wait_full(it)
-    seed(w.acc_S, w.stats[None, 0, slot])
-    wgmma(w.mmas.sdp, w.acc_S, w.tSrA, w.tSrB[None, None, None, slot], True)
-    warpgroup.wait_group(0)  # S: this WG is done with Q and stats
-    release(s.q_ring, it, w.lane)
-    if masked:
-        mask(config, sizes, w.acc_S, key, query)
-    exponentials(w.acc_S, scale_log2)
-    P = cute.make_rmem_tensor(w.acc_S.layout, s.sQ.element_type)
-    convert(w.acc_S, P)
+    stat = w.stats[None, 0, slot]
+    issue_S(config, w.mmas.sdp, w.acc_S, w.tSrA, w.tSrB[None, None, None, slot], stat)
+    warpgroup.wait_group(0)  # S
+    acc_F = cute.make_rmem_tensor(w.acc_S.layout, Float32) if const_expr(config.factored) else None
+    probabilities(config, sizes, scores, w.acc_S, stat, key, query, masked, acc_F)
+    release(s.q_ring, it, w.lane)  # Q and stats; WG 1 needs them for longer
+    P, F = factors(config, scores, w.acc_S, acc_F, key, query)
     s.p_ring.wait_empty(it)  # WG 1 has read P of two blocks ago
     sP = s.sP[None, None, w.tidx, s.p_ring.slot(it)]  # (8, tile_m / 16)
-    cute.autovec_copy(cute.make_tensor(P.iterator, cute.make_layout(sP.shape)), sP)
+    cute.autovec_copy(cute.make_tensor(F.iterator, cute.make_layout(sP.shape)), sP)
     cute.arch.sync_warp()  # all lanes have done so
     commit(s.p_ring, it, w.lane)
     s.do_ring.wait_full(it)
@@ -116,22 +123,22 @@ def step_dV(
 
 
 @cute.jit
-def step_dK(s: Shared, w: Work, it: Int32):
+def step_dK(config: cutlass.Constexpr, s: Shared, w: Work, it: Int32, dropout: Dropout | None):
     """One query block of WG 1."""
     slot, do_slot = s.q_ring.slot(it), s.do_ring.slot(it)
     s.q_ring.wait_full(it)
     s.do_ring.wait_full(it)
-    seed(w.acc_S, w.stats[None, 1, slot])
-    wgmma(w.mmas.sdp, w.acc_S, w.tSrA, w.tSrB[None, None, None, do_slot], True)
+    stat = w.stats[None, 1, slot]
+    issue_dP(config, w.mmas.sdp, w.acc_S, w.tSrA, w.tSrB[None, None, None, do_slot], stat)
     warpgroup.wait_group(0)  # dP: this WG is done with dO
     release(s.do_ring, it, w.lane)
     s.p_ring.wait_full(it)
     sP = s.sP[None, None, w.tidx, s.p_ring.slot(it)]  # (8, tile_m / 16)
-    P = cute.make_rmem_tensor(w.acc_S.layout, s.sQ.element_type)
-    cute.autovec_copy(sP, cute.make_tensor(P.iterator, cute.make_layout(sP.shape)))
+    F = cute.make_rmem_tensor(w.acc_S.layout, s.sQ.element_type)
+    cute.autovec_copy(sP, cute.make_tensor(F.iterator, cute.make_layout(sP.shape)))
     cute.arch.sync_warp()  # all lanes have read
     release(s.p_ring, it, w.lane)
-    w.acc_S.store(P.load().to(Float32) * w.acc_S.load())
+    finish_dS(config, dropout, w.acc_S, F, stat)
     dS = cute.make_rmem_tensor(w.acc_S.layout, s.sQ.element_type)
     convert(w.acc_S, dS)
     s.ds_ring.wait_empty(it)  # the dQ WG has read dS of two blocks ago
@@ -148,43 +155,64 @@ def consume(
     block: Block,
     mmas: Mmas,
     s: Shared,
-    dk: Tma,
-    dv: Tma,
+    scores: Scores,
+    dk: Gradient,
+    dv: Gradient,
     scale: Float32,
 ):
     """A consumer warp."""
     if cute.arch.make_warp_uniform(cute.arch.warp_idx()) < 4:
         w = make_work(config, s, mmas, s.sK, s.sQ, s.sdO)
-        accumulate_dV(config, sizes, block, s, w, scale * Float32(LOG2_E))
-        store(config, block, w, dv, s.sV[None, None, 0], 3)
+        accumulate_dV(config, sizes, block, s, w, scores)
+        if const_expr(config.dropout):
+            w.acc_G.store(w.acc_G.load() * scores.dropout.rescale)
+        store(config, block, w, dv, s.sV[None, None, 0], WG)
     else:
         w = make_work(config, s, mmas, s.sV, s.sdO, s.sQ)
-        s.v_ring.wait_full(Int32(0))
-        for it in cutlass.range(sizes.group * (block.last - block.first), unroll=1):
-            step_dK(s, w, it)
+        accumulate_dK(config, sizes, block, s, w, scores.dropout)
         for i in cutlass.range_constexpr(cute.size(w.acc_G)):
             w.acc_G[i] = w.acc_G[i] * scale
         # Through a slot of Q: the dQ WG may still be reading K.
-        store(config, block, w, dk, cute.make_tensor(s.sQ.iterator, s.sK[None, None, 0].layout), 4)
+        store(config, block, w, dk, cute.make_tensor(s.sQ.iterator, s.sK[None, None, 0].layout), WG + 1)
 
 
 @cute.jit
-def accumulate_dV(
-    config: cutlass.Constexpr, sizes: Sizes, block: Block, s: Shared, w: Work, scale_log2: Float32
-):
+def accumulate_dV(config: cutlass.Constexpr, sizes: Sizes, block: Block, s: Shared, w: Work, scores: Scores):
     """The walk of WG 0."""
     lengths = config.tile_m, config.tile_n, sizes.seqlen_q, sizes.seqlen_k
     free_first, free_last = unmasked_queries(block.n_block, *lengths, *sizes.window(config.mask))
     key = block.n_block * config.tile_n + w.tidx // 32 * 16 + w.lane // 4
     s.k_ring.wait_full(Int32(0))
+    if const_expr(config.ragged):
+        clear_beyond(s.sK[None, None, 0], sizes.seqlen_k, block.n_block * config.tile_n, WG)
     it = Int32(0)
-    for _ in cutlass.range(sizes.group, unroll=1):
+    for g in cutlass.range(sizes.group, unroll=1):
+        set_head(config, sizes, scores, block.batch, block.head_kv * sizes.group + g)
         for m_block in cutlass.range(block.first, block.last, unroll=1):
             masked = m_block >= free_last
             if const_expr(config.mask != "full"):
                 masked = masked | (m_block < free_first)
             query = m_block * config.tile_m + 2 * (w.lane % 4)
-            step_dV(config, sizes, s, w, it, key, query, masked, scale_log2)
+            if const_expr(config.ragged):
+                clear_queries(config, sizes, s, it, m_block, WG)
+            step_dV(config, sizes, s, w, it, key, query, masked, scores)
+            it += 1
+
+
+@cute.jit
+def accumulate_dK(
+    config: cutlass.Constexpr, sizes: Sizes, block: Block, s: Shared, w: Work, dropout: Dropout | None
+):
+    """The walk of WG 1."""
+    s.v_ring.wait_full(Int32(0))
+    if const_expr(config.ragged):
+        clear_beyond(s.sV[None, None, 0], sizes.seqlen_k, block.n_block * config.tile_n, WG + 1)
+    it = Int32(0)
+    for _ in cutlass.range(sizes.group, unroll=1):
+        for m_block in cutlass.range(block.first, block.last, unroll=1):
+            if const_expr(config.ragged):
+                clear_queries(config, sizes, s, it, m_block, WG + 1)
+            step_dK(config, s, w, it, dropout)
             it += 1
 
 
@@ -193,11 +221,29 @@ def store(
     config: cutlass.Constexpr,
     block: Block,
     w: Work,
-    x: Tma,
+    x: Gradient,
     sX: cute.Tensor,
     barrier_id: cutlass.Constexpr,
 ):
-    """A WG's gradient, through a tile (tile_n, d) of shared memory that nobody needs any more."""
+    """A WG's gradient."""
+    if const_expr(not config.ragged):  # noqa: SIM114, only one of the conditions is known to the compiler
+        store_bulk(config, block, w, x, sX, barrier_id)
+    elif (block.n_block + 1) * config.tile_n <= block.sequence.room:
+        store_bulk(config, block, w, x, sX, barrier_id)
+    else:  # the next sequence's rows follow
+        store_rows_of(config, block, w.acc_G, x, w.tidx)
+
+
+@cute.jit
+def store_bulk(
+    config: cutlass.Constexpr,
+    block: Block,
+    w: Work,
+    x: Gradient,
+    sX: cute.Tensor,
+    barrier_id: cutlass.Constexpr,
+):
+    """Through a tile (tile_n, d) of shared memory that nobody needs any more."""
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), sX.element_type)
     thr_store = cute.make_tiled_copy_C(atom, w.mmas.dkv).get_slice(w.tidx)
     X = cute.make_rmem_tensor(w.acc_G.layout, sX.element_type)
@@ -207,8 +253,6 @@ def store(
     cute.arch.fence_view_async_shared()  # generic writes, read by TMA
     cute.arch.barrier(barrier_id=barrier_id, number_of_threads=128)  # the tile is complete
     if cute.arch.make_warp_uniform(w.tidx // 32) == 0:
-        gX = x.tensor[None, None, block.head_kv, block.batch]  # (sk, D)
-        gX = cute.local_tile(gX, (config.tile_n, config.head_dim), (block.n_block, 0))
-        block_copy(x.atom, cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2))
+        store_tile(config, block, x, sX)
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory must outlive the reads

@@ -17,6 +17,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments
+from mini_flash_attention.kernels.dropout import Dropout, keep, mark, rescale_sums
 from mini_flash_attention.kernels.fragments import (
     as_operand_A,
     convert,
@@ -79,6 +80,8 @@ class Work(NamedTuple):
     softmax: OnlineSoftmax
     score: Score
     slope: Float32 | None  # ALiBi's, of the tile's head
+    dropout: Dropout | None
+    batch_head: Int32 | None  # batch * heads + head of the tile, of which dropout is a function
 
 
 @cute.jit
@@ -133,6 +136,15 @@ def score(config: cutlass.Constexpr, sizes: Sizes, w: Work, m_block: Int32, n_bl
 
 
 @cute.jit
+def drop(config: cutlass.Constexpr, w: Work, m_block: Int32, n_block: Int32):
+    """P <- P without what dropout drops; its sums have been taken."""
+    rc = rows_cols(w.coords)
+    rows = tuple(m_block * config.tile_m + rc[r, 0][0] for r in range(0, cute.size(rc, mode=[0]), 2))
+    mark(w.dropout, w.p.fragment, rows, n_block * config.tile_n + rc[0, 0][1], opaque(w.batch_head))
+    keep(w.p.fragment, w.p.fragment)
+
+
+@cute.jit
 def step(
     config: cutlass.Constexpr,
     sizes: Sizes,
@@ -155,6 +167,8 @@ def step(
         mask(config, sizes, w.acc_S, w.coords, opaque(m_block), n_block)
     w.softmax.renew(w.acc_S, w.acc_O, w.softmax.row_sum, masked)
     convert(as_operand_A(w.acc_S), w.p.fragment)
+    if const_expr(config.dropout):
+        drop(config, w, opaque(m_block), n_block)
     gemm(w.tiled_mma, w.acc_O, w.p, w.v, x.tidx)
 
 
@@ -170,6 +184,8 @@ def store_O(
 ):
     """Normalise O, store it and the log-sum-exp. mO (b, sq, h, d), mLSE (b, h, sq)."""
     w.softmax.finish()
+    if const_expr(config.dropout):
+        rescale_sums(w.dropout, w.softmax.row_sum)
     rescale(w.acc_O, w.softmax.row_sum)
     O = cute.make_rmem_tensor(w.acc_O.shape, mO.element_type)
     convert(w.acc_O, O)
@@ -191,6 +207,7 @@ def attend(
     number: Int32,
     tile: Tile,
     ragged: Ragged | None,
+    dropout: Dropout | None,
     score: Score,
     mQ: cute.Tensor,
     mK: cute.Tensor,
@@ -238,6 +255,8 @@ def attend(
         OnlineSoftmax(offset, row_sum, scale_log2(config, score)),
         score,
         score.slopes[tile.batch, tile.head] if "alibi" in config.score else None,
+        dropout,
+        tile.batch * sizes.heads + tile.head if config.dropout else None,
     )
 
     n_block = key_walk(config, sizes, m_block)[0]
@@ -267,6 +286,7 @@ def kernel(
     sizes: Sizes,
     swath: Int32,
     ragged: Ragged | None,
+    dropout: Dropout | None,
     score: Score,
     mQ: cute.Tensor,
     mK: cute.Tensor,
@@ -279,14 +299,14 @@ def kernel(
     sKV_layout: cute.ComposedLayout,
 ):
     number, _, _ = cute.arch.block_idx()
-    tensors, layouts = (mQ, mK, mV, mO, mLSE), (tiled_mma, tiled_load, sQ_layout, sKV_layout)
+    given = ragged, dropout, score, mQ, mK, mV, mO, mLSE, tiled_mma, tiled_load, sQ_layout, sKV_layout
     place = seek(config, sizes, ragged, start_of_walk(ragged), number)
     if const_expr(ragged is None):  # noqa: SIM114, only one of the conditions is known to the compiler
         tile = uniform(tile_at(config, sizes, swath, ragged, place, number))
-        attend(config, sizes, swath, number, tile, ragged, score, *tensors, *layouts)
+        attend(config, sizes, swath, number, tile, *given)
     elif is_tile(config, sizes, ragged, place, number):
         tile = uniform(tile_at(config, sizes, swath, ragged, place, number))
-        attend(config, sizes, swath, number, tile, ragged, score, *tensors, *layouts)
+        attend(config, sizes, swath, number, tile, *given)
 
 
 kernel.set_name_prefix("mfa_fwd_sm80", remove_cutlass_symbol=True)
@@ -303,6 +323,7 @@ def launch(
     window_left: Int32,
     window_right: Int32,
     ragged: Ragged | None,
+    dropout: Dropout | None,
     swath: Int32,
     config: cutlass.Constexpr,
     stream,
@@ -318,6 +339,7 @@ def launch(
         sizes,
         swath,
         ragged,
+        dropout,
         score,
         mQ,
         mK,
@@ -336,4 +358,5 @@ def launch(
 
 
 def fake_arguments(config) -> tuple:
-    return (*arguments.forward(config), Int32(1), config, arguments.stream())
+    dropout = arguments.dropout(config)
+    return (*arguments.forward(config), dropout, Int32(1), config, arguments.stream())

@@ -22,6 +22,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments
+from mini_flash_attention.kernels.dropout import Dropout, keep, mark, rescale_sums
 from mini_flash_attention.kernels.fragments import (
     as_operand_A,
     convert,
@@ -224,6 +225,8 @@ class Work(NamedTuple):
     softmax: OnlineSoftmax
     score: Score
     slopes: cute.Tensor  # ALiBi's, of the thread's rows
+    dropout: Dropout | None
+    batch_head: cute.Tensor  # (1) int32: batch * heads + head of the tile, of which dropout is a function
 
 
 @cute.jit
@@ -266,6 +269,16 @@ def score(config: cutlass.Constexpr, sizes: Sizes, w: Work, m_block: Int32, n_bl
         for r in cutlass.range_constexpr(2):
             distances[r] = diagonal + w.coords[0][0] + 8 * r - w.coords[0][1]
         transform(config, w.score, rows_cols(w.acc_S), w.slopes, distances)
+
+
+@cute.jit
+def to_operand(config: cutlass.Constexpr, w: Work, m_block: Int32, n_block: Int32):
+    """P, from float32 to 16 bits, without what dropout drops; its sums have been taken."""
+    convert(as_operand_A(w.acc_S), w.P)
+    if const_expr(config.dropout):
+        row, key = m_block * config.tile_m + w.coords[0][0], n_block * config.tile_n + w.coords[0][1]
+        mark(w.dropout, w.P, (row,), key, w.batch_head[0])
+        keep(w.P, w.P)
 
 
 @cute.jit
@@ -315,7 +328,7 @@ def step(
     for r in cutlass.range_constexpr(cute.size(w.sums)):
         w.softmax.row_sum[r] = w.softmax.row_sum[r] + w.sums[r]
     release(s.v_ring, it, w.lane)
-    convert(as_operand_A(w.acc_S), w.P)
+    to_operand(config, w, m_block, n_block)
     return ok
 
 
@@ -416,11 +429,13 @@ def consume(
         ends = start, free_end, _, _ = sizes.walk(config, m_block)
         if const_expr("alibi" in config.score):
             w.slopes.fill(w.score.slopes[tile.batch, tile.head])
+        if const_expr(config.dropout):
+            w.batch_head[0] = tile.batch * sizes.heads + tile.head
         score(config, sizes, w, m_block, start)
         if start >= free_end:  # else every row sees it whole
             mask(config, sizes, w.acc_S, w.coords, m_block, start)
         w.softmax.first(w.acc_S)
-        convert(as_operand_A(w.acc_S), w.P)
+        to_operand(config, w, m_block, start)
         w.acc_O.fill(0.0)
         if const_expr(ragged is not None):
             clear_beyond(config, sizes, s, w, it, start)
@@ -486,6 +501,8 @@ def store(
 ):
     """Normalise O and store it and the log-sum-exp; softmax.finish() has run."""
     batch, start = tile.q_rows
+    if const_expr(config.dropout):
+        rescale_sums(w.dropout, w.softmax.row_sum)
     rescale(w.acc_O, w.softmax.row_sum)
     O = cute.make_rmem_tensor(w.acc_O.shape, mO.element_type)
     convert(w.acc_O, O)
@@ -539,7 +556,12 @@ def store_bulk(
 
 
 def make_work(
-    config, s: Shared, tiled_mma_qk: cute.TiledMma, tiled_mma_pv: cute.TiledMma, score: Score
+    config,
+    s: Shared,
+    tiled_mma_qk: cute.TiledMma,
+    tiled_mma_pv: cute.TiledMma,
+    score: Score,
+    dropout: Dropout | None,
 ) -> Work:
     tidx = cute.arch.thread_idx()[0] - 128
     wg = cute.arch.make_warp_uniform(tidx // 128)
@@ -573,6 +595,8 @@ def make_work(
         softmax=OnlineSoftmax(offset, row_sum, scale_log2(config, score)),
         score=score,
         slopes=slopes,
+        dropout=dropout,
+        batch_head=cute.make_rmem_tensor(1, Int32),
     )
 
 
@@ -582,6 +606,7 @@ def kernel(
     sizes: Sizes,
     schedule: Schedule,
     ragged: Ragged | None,
+    dropout: Dropout | None,
     score: Score,
     q: Tma,
     k: Tma,
@@ -615,7 +640,7 @@ def kernel(
             produce(config, sizes, schedule, ragged, q, k, v, s)
     else:
         cute.arch.setmaxregister_increase(config.registers[1])
-        w = make_work(config, s, tiled_mma_qk, tiled_mma_pv, score)
+        w = make_work(config, s, tiled_mma_qk, tiled_mma_pv, score, dropout)
         consume(config, sizes, ragged, s, w, o, mO, mLSE)
 
 
@@ -633,6 +658,7 @@ def launch(
     window_left: Int32,
     window_right: Int32,
     ragged: Ragged | None,
+    dropout: Dropout | None,
     swath: Int32,
     num_sms: Int32,
     counter: cute.Tensor,
@@ -642,7 +668,7 @@ def launch(
     """Tensors as in the module's first lines, numbers as in dispatch.py, counter as in counters.py."""
     sizes = sizes_of(config, mQ, mK, window_left, window_right, ragged)
     schedule = Schedule(swath, counter.iterator)
-    call = Call(sizes, schedule, ragged, score, num_sms, mQ, mK, mV, mO, mLSE)
+    call = Call(sizes, schedule, ragged, dropout, score, num_sms, mQ, mK, mV, mO, mLSE)
     launch_at(config, call, stream)
 
 
@@ -652,6 +678,7 @@ class Call(NamedTuple):
     sizes: Sizes
     schedule: Schedule
     ragged: Ragged | None
+    dropout: Dropout | None
     score: Score
     num_sms: Int32
     mQ: cute.Tensor
@@ -701,6 +728,7 @@ def launch_tiles(config: cutlass.Constexpr, call: Call, stream):
         call.sizes,
         call.schedule,
         call.ragged,
+        call.dropout,
         call.score,
         q,
         k,
@@ -721,4 +749,5 @@ def launch_tiles(config: cutlass.Constexpr, call: Call, stream):
 
 
 def fake_arguments(config) -> tuple:
-    return (*arguments.forward(config), Int32(1), Int32(1), arguments.counter(), config, arguments.stream())
+    numbers = arguments.dropout(config), Int32(1), Int32(1)
+    return (*arguments.forward(config), *numbers, arguments.counter(), config, arguments.stream())

@@ -24,6 +24,12 @@ def scale_log2(config, score: Score) -> Float32:
     return score.scale * Float32(LOG2_E) if config.score == "plain" else Float32(LOG2_E)
 
 
+def in_log2(config, score: Score) -> Score:
+    """The score function times log2(e), which is linear in all it has but the slopes, and in those."""
+    softcap = score.softcap * Float32(LOG2_E) if "softcap" in config.score else None
+    return Score(score.scale * Float32(LOG2_E), softcap, score.slopes)
+
+
 @cute.jit
 def tanh(x: Float32) -> Float32:
     """To float32's precision near 1, where tanh.approx has 11 bits: 1 - 2 / (e^2x + 1)."""
@@ -53,3 +59,11 @@ def transform(
                     distance = first - Float32((c // 2) * 8 + c % 2)
                     s = s - slopes[r] * cute.arch.fmax(distance, -distance)
                 S[r, c] = s
+
+
+@cute.jit
+def derivative(config: cutlass.Constexpr, score: Score, s: Float32, bias: Float32) -> Float32:
+    """That of the softcap, where the score is s (masked, -inf: 0); bias: what ALiBi has taken from it."""
+    capped = cute.arch.fmax(s + bias, -score.softcap)
+    tanh = capped * cute.arch.rcp_approx(score.softcap)
+    return 1.0 - tanh * tanh

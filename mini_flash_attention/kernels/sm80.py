@@ -109,7 +109,8 @@ class Operand(NamedTuple):
 
 
 def operand(copy: cute.TiledCopy, fragment: cute.Tensor, sX: cute.Tensor, head_dim: int) -> Operand:
-    return Operand(fragment, copy, sX, 0x70 if head_dim % 64 == 0 else 0x30)
+    bits = 0x70 if head_dim % 64 == 0 else 0x30 if head_dim % 32 == 0 else 0x10
+    return Operand(fragment, copy, sX, bits)
 
 
 def operand_A(tiled_mma: cute.TiledMma, sA: cute.Tensor, transpose: bool = False) -> Operand:

@@ -1,0 +1,307 @@
+"""The GPU kernels' gradients: each path that runs on this GPU, over shapes made to go wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+from error_rule import check_gradients
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mini_flash_attention import (
+    config,
+    dispatch,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
+from mini_flash_attention.philox import keep_mask
+from mini_flash_attention.problem import Problem
+
+LENGTHS = [(1, 1), (17, 300), (64, 64), (113, 128), (128, 127), (239, 1), (333, 1000), (512, 512), (799, 3)]
+MASKS = [
+    {},
+    {"causal": True},
+    {"window_size": (50, 20)},
+    {"window_size": (3, -1)},
+    {"window_size": (128, 0)},
+]
+GROUPS = [(2, 2), (4, 2), (3, 1), (8, 1), (10, 2)]  # query heads, key heads
+
+
+@pytest.fixture(params=["sm80", "sm90"])
+def path(request: pytest.FixtureRequest, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path that runs on this GPU, forced."""
+    arch = config.gpu_arch(torch.cuda.get_device_capability(gpu))
+    if request.param not in config.paths(arch):
+        pytest.skip(f"{request.param} does not run on {arch}")
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", request.param)
+    return request.param
+
+
+def inputs(
+    seqlen_q: int,
+    seqlen_k: int,
+    heads_q: int = 2,
+    heads_k: int = 2,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 2,
+) -> list[Tensor]:
+    """q, k, v, which require a gradient, and dout."""
+    shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k), (seqlen_q, heads_q)
+    tensors = [torch.randn(batch, *s, head_dim, device="cuda").to(dtype) for s in shapes]
+    return [*(x.requires_grad_() for x in tensors[:3]), tensors[3]]
+
+
+def reference_options(options: dict[str, Any]) -> dict[str, Any]:
+    left, right = options.get("window_size", (-1, -1))
+    right = 0 if options.get("causal") else right
+    limits = {"window_left": left, "window_right": right}
+    rest = {n: x for n, x in options.items() if n in ("softmax_scale", "softcap", "alibi_slopes")}
+    return {name: limit for name, limit in limits.items() if limit >= 0} | rest
+
+
+def only_hopper(path: str) -> None:
+    if path == "sm80":
+        pytest.skip("the SM80 path has gradients of dense, plain scores only")
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    outputs = (out,) if dlse is None else (out, lse)
+    gradients = torch.autograd.grad(outputs, (q, k, v), (dout, dlse)[: len(outputs)])
+    check_gradients(gradients, dout, dlse, q, k, v, **reference_options(options))
+    return gradients
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_lengths(path: str, head_dim: int, options: dict) -> None:
+    for i, lengths in enumerate(LENGTHS):
+        check(*inputs(*lengths, *GROUPS[i % 5], head_dim=head_dim, batch=1 + i % 2), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [1, 8, 40, 59, 72, 96, 104, 160, 192, 200, 224])
+def test_head_dims(path: str, head_dim: int, dtype: torch.dtype) -> None:
+    for options in MASKS[:3]:
+        check(*inputs(200, 333, 4, 2, head_dim=head_dim, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("heads", GROUPS, ids=str)
+def test_groups(path: str, heads: tuple[int, int]) -> None:
+    for options in MASKS[:3]:
+        check(*inputs(300, 450, *heads, head_dim=128, dtype=torch.float16, batch=3), **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_long(path: str, head_dim: int) -> None:
+    for options in MASKS[:2]:
+        check(*inputs(2048, 2049, 4, 2, head_dim=head_dim, batch=1), **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("options", MASKS[:3], ids=str)
+def test_score_functions(path: str, head_dim: int, options: dict) -> None:
+    only_hopper(path)
+    slopes = torch.tensor([0.3, 0.05, 0.01, 0.2], device="cuda")
+    for score in ({"softcap": 5.0}, {"alibi_slopes": slopes}, {"softcap": 5.0, "alibi_slopes": slopes}):
+        check(*inputs(200, 333, 4, 2, head_dim=head_dim), **options, **score)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_gradient_of_lse(path: str, head_dim: int) -> None:
+    for options in (*MASKS, {"softcap": 5.0}) if path == "sm90" else MASKS:
+        tensors = inputs(150, 77, 4, 2, head_dim=head_dim)
+        hidden = 150 - 77 if options.get("causal") or "window_size" in options else 0
+        dlse = torch.randn(2, 4, 150, device="cuda")
+        dlse[..., :hidden] = 0  # rows without keys have an LSE of -inf, and the oracle no gradient
+        check(*tensors, dlse, **options)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
+def test_scales(path: str, scale: float) -> None:
+    check(*inputs(100, 130), softmax_scale=scale)
+
+
+def test_strides(path: str) -> None:
+    q, k, v, dout = inputs(200, 200, 4, 4)
+    rows_first = torch.randn(200, 2, 4, 64, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
+    expanded = dout[:, :1, :1].expand(-1, 200, 4, -1)
+    every_second = torch.randn(2, 200, 4, 128, device="cuda", dtype=torch.bfloat16)[..., ::2]
+    for strided in (rows_first, expanded, every_second):
+        check(q, k, v, strided)
+    one_head = k.detach()[:, :, :1].expand(-1, -1, 4, -1).requires_grad_()
+    check(q, one_head, one_head.detach().clone().requires_grad_(), dout)
+
+
+def test_packed_input(path: str) -> None:
+    qkv = torch.randn(2, 150, 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = flash_attn_qkvpacked_func(qkv, causal=True)
+    dout = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, qkv, dout)
+    check_gradients(gradient.unbind(2), dout, None, *qkv.detach().unbind(2), window_right=0)
+
+
+def test_rows_and_keys_without_partners_get_zeros(path: str) -> None:
+    q, k, v, dout = inputs(300, 100)
+    dq, dk, dv = torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), dout)
+    assert not dq[:, :201].any() and dq[:, 201:].any(dim=-1).all()  # one key alone has P = 1
+    q, k, v, dout = inputs(100, 300)
+    _, dk, dv = torch.autograd.grad(flash_attn_func(q, k, v, window_size=(10, 0)), (q, k, v), dout)
+    assert not dk[:, :190].any() and not dv[:, :190].any() and dv[:, 190:].any(dim=-1).all()
+    for shape_q, shape_k in ((0, 10), (10, 0)):
+        q, k, v, dout = inputs(shape_q, shape_k)
+        for dx in torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), dout):
+            assert not dx.any()
+
+
+def test_subsets_of_gradients(path: str) -> None:
+    q, k, v, dout = inputs(100, 130)
+    all_three = torch.autograd.grad(flash_attn_func(q, k, v, deterministic=True), (q, k, v), dout)
+    for i, x in enumerate((q, k, v)):
+        others = [y if y is x else y.detach() for y in (q, k, v)]
+        (alone,) = torch.autograd.grad(flash_attn_func(*others, deterministic=True), x, dout)
+        assert torch.equal(alone, all_three[i])
+
+
+def test_the_graph_may_be_kept(path: str) -> None:
+    q, k, v, dout = inputs(100, 130)
+    out = flash_attn_func(q, k, v, deterministic=True)
+    first = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    second = torch.autograd.grad(out, (q, k, v), dout)
+    assert all(map(torch.equal, first, second))
+
+
+def test_checkpointing_and_autocast(path: str) -> None:
+    q, k, v, dout = inputs(100, 130)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return flash_attn_func(*tensors, causal=True, deterministic=True)
+
+    plain = torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+    again = torch.autograd.grad(checkpoint(attend, q, k, v, use_reentrant=False), (q, k, v), dout)
+    with torch.autocast("cuda", dtype=torch.float16):
+        cast = torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+    assert all(map(torch.equal, plain, again)) and all(map(torch.equal, plain, cast))
+
+
+def test_without_gradients_nothing_is_kept(path: str) -> None:
+    q, k, v, _ = inputs(1000, 1000)
+    with torch.no_grad():
+        flash_attn_func(q, k, v)
+        before = torch.cuda.memory_allocated()
+        out = flash_attn_func(q, k, v)
+        assert torch.cuda.memory_allocated() - before == out.numel() * out.itemsize
+
+
+@pytest.mark.parametrize("options", MASKS[:3], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_deterministic(path: str, head_dim: int, options: dict) -> None:
+    q, k, v, dout = inputs(1000, 1100, 6, 2, head_dim=head_dim)
+    side, junk = torch.cuda.Stream(), torch.ones(1 << 24, device="cuda")
+    first = check(q, k, v, dout, deterministic=True, **options)
+    for _ in range(50):
+        with torch.cuda.stream(side):
+            junk.mul_(1.5)
+        out = flash_attn_func(q, k, v, deterministic=True, **options)
+        assert all(map(torch.equal, first, torch.autograd.grad(out, (q, k, v), dout)))
+
+
+def test_torch_can_ask_for_determinism(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    q, k, v, dout = inputs(100, 130)
+    plan = dispatch.backward_plan
+
+    def spy(problem: Problem, forced: str | None) -> object:
+        asked.append(problem.deterministic)
+        return plan(problem, forced)
+
+    monkeypatch.setattr(dispatch, "backward_plan", spy)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.autograd.grad(flash_attn_func(q, k, v, softmax_scale=0.123), (q, k, v), dout)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [True]
+
+
+def test_deterministic_with_variable_lengths(path: str) -> None:
+    only_hopper(path)
+    q, k, v, dout = (x[0].detach() for x in inputs(1000, 1000, 6, 2, head_dim=128, batch=1))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    cu = torch.tensor([0, 10, 10, 600, 1000], dtype=torch.int32, device="cuda")
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = flash_attn_varlen_func(q, k, v, cu, cu, 590, 590, causal=True, deterministic=True)
+        return torch.autograd.grad(out, (q, k, v), dout)
+
+    first = gradients()
+    assert all(all(map(torch.equal, first, gradients())) for _ in range(20))
+
+
+def test_no_memory_grows_with_the_square(path: str) -> None:
+    q, k, v, dout = inputs(16384, 16384, 4, 4, head_dim=128, batch=1)
+    flash_attn_func(q, k, v).backward(dout)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), dout)
+    tensor = q.numel() * q.itemsize
+    # out, dq, dk, dv, the sum of dQ in float32 (as large as two), and what belongs to rows
+    assert torch.cuda.max_memory_allocated() - before < 7 * tensor
+
+
+def test_gradients_in_a_graph(path: str) -> None:
+    q, k, v, dout = inputs(500, 500, 4, 2)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+
+        def run() -> tuple[Tensor, ...]:
+            out = flash_attn_func(q, k, v, causal=True, deterministic=True)
+            return torch.autograd.grad(out, (q, k, v), dout)
+
+        expected = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = run()
+    torch.cuda.synchronize()
+    for x in captured:
+        x.zero_()
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.parametrize("argument", ["dropout_p", "softcap", "alibi_slopes", "cu_seqlens_q"])
+def test_what_the_sm80_path_lacks_is_named(path: str, argument: str) -> None:
+    if path == "sm90":
+        pytest.skip("the SM90 path has all of it")
+    q, k, v, dout = inputs(64, 64)
+    options = {"dropout_p": 0.1, "softcap": 5.0, "alibi_slopes": torch.ones(2, device="cuda")}
+    with pytest.raises(NotImplementedError, match=argument):
+        if argument == "cu_seqlens_q":
+            cu = torch.tensor([0, 64], dtype=torch.int32, device="cuda")
+            flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 64, 64).backward(dout[0])
+        else:
+            flash_attn_func(q, k, v, **{argument: options[argument]}).backward(dout)
+
+
+@pytest.mark.parametrize("options", MASKS[:3], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dropout(path: str, head_dim: int, options: dict) -> None:
+    only_hopper(path)
+    q, k, v, dout = inputs(200, 333, 4, 2, head_dim=head_dim)
+    torch.manual_seed(7)
+    out = flash_attn_func(q, k, v, dropout_p=0.2, **options)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    torch.manual_seed(7)
+    seed = torch.randint(2**63 - 1, ()).item()
+    heads = torch.arange(2 * 4, device="cuda").view(2, 4, 1)
+    rows = torch.arange(200, device="cuda").view(1, 1, -1)
+    kept = keep_mask(seed, 0.2, heads, rows, range(333))
+    dropped = {"dropout_mask": kept, "dropout_p": 0.2}
+    check_gradients(gradients, dout, None, q, k, v, **reference_options(options), **dropped)
