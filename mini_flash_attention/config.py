@@ -231,7 +231,7 @@ SM80_TILES = {
 
 # What differs with dropout: random numbers take registers too.
 SM80_DROPOUT = {
-    96: (128, 48, 4),
+    96: (64, 64, 4),
     (128, "window"): (64, 48, 4),
 }
 

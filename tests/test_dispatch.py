@@ -80,6 +80,16 @@ def test_tiles_fit_shared_memory(arch: str) -> None:
             assert tiles.shared_memory + barriers <= config.SHARED_MEMORY[arch], tiles
 
 
+@pytest.mark.parametrize("features", [{}, {"dropout": True}], ids=str)
+def test_cp_async_copies_whole_tiles(features: dict) -> None:
+    """Each round of sm80.make_tiled_load copies so many rows of a tile: none may lie beyond it."""
+    for head_dim in config.HEAD_DIMS:
+        for mask in config.MASKS:
+            row = config.forward("sm80", "sm_80", "float16", head_dim, mask, **features)
+            rows = 32 * row.warps // (8 if head_dim % 64 == 0 else 4)
+            assert row.tile_m % rows == 0 and row.tile_n % rows == 0, row
+
+
 def problem(seqlen: int, heads: int, head_dim: int) -> Problem:
     return Problem(torch.bfloat16, CUDA, 1, seqlen, seqlen, heads, heads, head_dim, 1.0)
 

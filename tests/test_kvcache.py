@@ -570,7 +570,8 @@ def test_graph_replays_read_the_lengths_anew(
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated, step
         expected, expected_lse = run(alone)
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse), step
-        assert torch.equal(held.k, alone.k) and torch.equal(held.v, alone.v), step
+        for pool, other in ((held.k, alone.k), (held.v, alone.v)):  # as bits: unused pages are NaN
+            assert torch.equal(pool.view(torch.int16), other.view(torch.int16)), step
 
 
 def test_no_synchronisation_and_one_kernel_for_all_lengths(

@@ -319,7 +319,9 @@ def test_equal_lengths_are_the_dense_computation(any_path: torch.device) -> None
     batch = batch_of([(70, 90)] * 3, any_path, 4, 2)
     out = flash_attn_varlen_func(*batch[:3], *batch.lengths, causal=True)
     dense = flash_attn_func(*(x.unflatten(0, (3, -1)) for x in batch[:3]), causal=True)
-    torch.testing.assert_close(out.unflatten(0, (3, -1)), dense)
+    # GPU: other tiles, perhaps other kernels, so other roundings
+    tolerance = {} if any_path.type == "cpu" else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(out.unflatten(0, (3, -1)), dense, **tolerance)
 
 
 def backward(batch: Batch, **options: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
