@@ -231,7 +231,7 @@ SM80_TILES = {
 
 # What differs with dropout: random numbers take registers too.
 SM80_DROPOUT = {
-    96: (64, 64, 4),
+    96: (64, 32, 4),
     (128, "window"): (64, 48, 4),
 }
 
@@ -358,8 +358,10 @@ class BackwardSm80:
 
     @property
     def stack(self) -> int:
-        """Bytes of stack it may use: two words, used once a query block, in one kernel of SM80."""
-        return 8 if self.deterministic and self.head_dim == 256 and self.tile_m == 32 else 0
+        """Bytes of stack it may use: two words, used once a query block, in two kernels."""
+        small_256 = self.deterministic and self.head_dim == 256 and self.tile_m == 32
+        causal_96 = self.arch == "sm_120a" and self.head_dim == 96 and self.mask == "causal"
+        return 8 if small_256 or causal_96 else 0
 
 
 # head dim -> tiles of the SM80 backward, the first that fits the shared memory. A warp's keys are as many as

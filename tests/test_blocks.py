@@ -5,8 +5,10 @@ import itertools
 import pytest
 
 from mini_flash_attention.kernels.blocks import (
+    first_block,
     in_swaths,
     key_blocks,
+    packed_blocks,
     query_blocks,
     unmasked_blocks,
     unmasked_queries,
@@ -71,3 +73,15 @@ def test_swaths_visit_each_block_once() -> None:
         assert sorted(visited) == sorted(itertools.product(range(blocks), range(heads)))
         order = [(head // swath, block, head) for block, head in visited]
         assert order == sorted(order)
+
+
+def test_packed_blocks_have_numbers_of_their_own() -> None:
+    for tile, *lengths in itertools.product((1, 2, 3, 4), (0, 2), *[(0, 1, 3, 4, 9)] * 3, (0, 5)):
+        starts = list(itertools.accumulate(lengths, initial=0))  # the first and the last are no sequences
+        firsts = [first_block(start, tile, segment) for segment, start in enumerate(starts[:-1])]
+        total = packed_blocks(starts[-1], tile, batch=len(lengths) - 2)
+        numbers = [first + i for first, n in zip(firsts, lengths, strict=True) for i in range(-(-n // tile))]
+        assert len(set(numbers)) == len(numbers) and max(numbers, default=0) < total
+        for segment, (first, n) in enumerate(zip(firsts, lengths, strict=True)):
+            for i in range(-(-n // tile)):
+                assert segment == max(j for j, start in enumerate(firsts) if start <= first + i)

@@ -1,5 +1,6 @@
 """Which backend serves which device, and the limits that tiles must respect; no GPU is needed."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -246,3 +247,38 @@ def test_pages_choose_their_loads(page_size: int, left_padded: bool, expected: t
     call = replace(problem(100, 1, 64), ragged=True, page_size=page_size, left_padded=left_padded)
     row = dispatch.forward_config(call, "sm90", "sm_90a")
     assert (row.kernel, row.page) == expected
+
+
+def test_gradients_of_packed_tensors(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "pays", lambda *call: False)
+    monkeypatch.setattr(dispatch, "backward_plan", dispatch.backward_plan.__wrapped__)
+    monkeypatch.setattr(dispatch, "gpu_arch", lambda device: "sm_90a")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    rows, seen = [], []
+
+    def launch(*given: object) -> None:
+        seen.append(given)
+        for x in given[9:12] if len(seen) == 2 else ():
+            x.fill_(2)
+
+    monkeypatch.setattr(compile, "get", lambda row: rows.append(row) or launch)
+    q = torch.randn(150, 4, 59, dtype=torch.float16, requires_grad=True)
+    k, v = (torch.randn(50, 2, 59, dtype=torch.float16, requires_grad=True) for _ in range(2))
+    cu_q, cu_k = (torch.tensor([0, 10, 30], dtype=torch.int32), torch.tensor([0, 25, 50], dtype=torch.int32))
+    slopes = torch.rand(4)
+    out = flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, 20, 25, softcap=3.0, alibi_slopes=slopes, softmax_scale=-0.5, deterministic=True
+    )
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert (dq == -2).all() and (dk == 2).all() and (dv == 2).all()
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+    row = rows[1]
+    assert (row.score, row.ragged, row.deterministic) == ("softcap_alibi", True, True)
+    *tensors, (scale, softcap, given_slopes), has_dlse, _, _, ragged, dropout, turns = seen[1]
+    q4, k4, _, out4, dout4, lse, _, stats, dq_acc, dq4, dk4, _ = tensors
+    assert q4.shape == out4.shape == dout4.shape == dq4.shape == (1, 150, 4, 64)
+    assert k4.shape == dk4.shape == (1, 50, 2, 64) and lse.shape == (1, 4, 150)
+    numbers = (1, 4, 150 // row.tile_m + 2 + 2)
+    assert stats.shape[:3] == dq_acc.shape[:3] == turns.shape == numbers
+    assert (scale, softcap, has_dlse, dropout) == (0.5, 3.0, 0, None)
+    assert given_slopes.shape == (2, 4) and ragged[0] is cu_q and ragged[-2:] == (2, 20)
