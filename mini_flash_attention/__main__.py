@@ -21,8 +21,10 @@ def main() -> None:
     command = commands.add_parser(
         "precompile",
         help="compile kernels ahead of time, for any GPU, without a GPU",
-        description="Compiles forward kernels into the cache, for every path that runs on these "
-        "architectures. Without options: head dims 64 and 128, both dtypes, full and causal.",
+        description="Compiles kernels into the cache, for every path that runs on these architectures: "
+        "forward (dense, variable lengths, pages), backward, decoding and the append to a cache. Without "
+        "options: head dims 64 and 128, both dtypes, full and causal. Score functions, dropout and "
+        "deterministic gradients are compiled at first use.",
     )
     command.set_defaults(run=precompile)
     command.add_argument("--arch", nargs="+", help="such as sm_90a; by default the GPU here")
@@ -45,7 +47,7 @@ def precompile(arguments: argparse.Namespace) -> None:
         raise SystemExit("there is no GPU here: say which, for example --arch sm_90a")
     try:
         archs = arguments.arch or [config.gpu_arch(torch.cuda.get_device_capability())]
-        configs = [c for arch in archs for c in config.forward_configs(arch)]
+        configs = [c for arch in archs for c in config.configs(arch)]
         if not arguments.all:
             configs = _chosen(configs, arguments)
         compiled = compile.precompile(configs, arguments.jobs)
@@ -54,16 +56,19 @@ def precompile(arguments: argparse.Namespace) -> None:
     print(f"{compiled} kernels compiled, {len(configs) - compiled} were in {cache.directory()}")
 
 
-def _chosen(configs: list[config.ForwardConfig], arguments: argparse.Namespace) -> list[config.ForwardConfig]:
-    available = sorted({c.head_dim for c in configs})
+def _chosen(configs: list[config.Config], arguments: argparse.Namespace) -> list[config.Config]:
+    """Those of the asked-for kinds; a kernel for all head dims or masks is of each kind."""
+    largest = config.HEAD_DIMS[-1]
     for head_dim in arguments.head_dim:
-        if not 1 <= head_dim <= available[-1]:
-            raise ValueError(f"--head-dim is from 1 to {available[-1]}, not {head_dim}")
-    head_dims = {min(b for b in available if b >= d) for d in arguments.head_dim}
+        if not 1 <= head_dim <= largest:
+            raise ValueError(f"--head-dim is from 1 to {largest}, not {head_dim}")
+    head_dims = {config.bucket(d) for d in arguments.head_dim}
     return [
         c
         for c in configs
-        if c.head_dim in head_dims and c.dtype in arguments.dtype and c.mask in arguments.mask
+        if getattr(c, "head_dim", None) in (None, *head_dims)
+        and c.dtype in arguments.dtype
+        and getattr(c, "mask", None) in (None, *arguments.mask)
     ]
 
 

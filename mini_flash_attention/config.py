@@ -541,3 +541,18 @@ def backward_configs(arch: str) -> Iterator[BackwardConfig]:
             for dtype in DTYPES:
                 for mask in MASKS:
                     yield backward(path, arch, dtype, head_dim, mask)
+
+
+Config = ForwardConfig | BackwardConfig | Decode | KvAppend
+
+
+def configs(arch: str) -> Iterator[Config]:
+    """What `precompile --all` compiles: every row, dense, ragged and paged, with plain scores."""
+    yield from forward_configs(arch)
+    yield from backward_configs(arch)
+    yield from decode_configs(arch)
+    yield from append_configs(arch)
+    for path in paths(arch):
+        for row in (row for row in forward_configs(arch) if row.kernel == f"fwd_{path}"):
+            for page in (0, *(SM90_PAGES if path == "sm90" else (1,))):
+                yield forward(path, arch, row.dtype, row.head_dim, row.mask, ragged=True, page=page)
