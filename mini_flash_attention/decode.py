@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import compile, config
+from mini_flash_attention.plans import Score, dtype_name, score_kind, score_numbers, with_slopes
 from mini_flash_attention.problem import MAX_SPLITS, Problem
 
 MIN_BLOCKS = 4  # key blocks of a split: fewer take less time than a thread block's start and end
@@ -28,11 +29,10 @@ class DecodePlan(NamedTuple):
     """A kernel and the numbers it takes, for all calls of one problem; used like dispatch.ForwardPlan."""
 
     launch: Callable | None  # None: nothing to compute
-    simple: bool  # never: there is a Layout
     device: int
     lse: Tensor  # (batch, heads, seqlen_q), all one element, as in ForwardPlan
     workspace: Tensor  # what combine.partial says, all one element; with one split an element, not used
-    score: tuple[float, float | None, Tensor | None]  # kernels/scores.py: Score
+    score: Score
     window: tuple[int, int]
     num_splits: int
     min_blocks: int
@@ -55,8 +55,7 @@ class DecodePlan(NamedTuple):
         workspace = torch.empty_like(self.workspace) if self.num_splits > 1 else self.workspace
         score = self.score
         if alibi_slopes is not None:
-            slopes = alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes.expand(ragged[-2], -1)
-            score = (*score[:2], slopes)
+            score = with_slopes(score, alibi_slopes, ragged[-2])
         numbers = *self.window, ragged, self.num_splits, self.min_blocks
         self.launch(q, k, v, out, lse, workspace, score, *numbers)
         return out, lse
@@ -68,13 +67,13 @@ def plan(problem: Problem, num_splits: int) -> DecodePlan:
     device = problem.device.index
     element = torch.empty(1, dtype=torch.float32, device=problem.device)
     lse = element.expand(1 if problem.packed_q else problem.batch, problem.heads_q, problem.seqlen_q)
-    score = abs(problem.softmax_scale) or 1.0, problem.softcap or None, None
+    score = score_numbers(problem)
     window = (
         problem.seqlen_k if problem.window_left is None else problem.window_left,
         problem.seqlen_q if problem.window_right is None else problem.window_right,
     )
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return DecodePlan(None, False, device, lse, element, score, window, 1, 1)
+        return DecodePlan(None, device, lse, element, score, window, 1, 1)
     properties = torch.cuda.get_device_properties(device)
     row = decode_config(problem, config.gpu_arch((properties.major, properties.minor)))
     min_blocks = 1 if num_splits else MIN_BLOCKS
@@ -84,18 +83,17 @@ def plan(problem: Problem, num_splits: int) -> DecodePlan:
     if num_splits > 1:
         workspace = element.expand(num_splits * lse.numel() * (head_dim + 1))
     kernel = compile.get(row)
-    return DecodePlan(kernel, False, device, lse, workspace, score, window, num_splits, min_blocks)
+    return DecodePlan(kernel, device, lse, workspace, score, window, num_splits, min_blocks)
 
 
 def decode_config(problem: Problem, arch: str) -> config.Decode:
     """The static facts of a problem: what is compiled."""
-    score = "_".join(name for name, on in (("softcap", problem.softcap), ("alibi", problem.alibi)) if on)
     return config.decode(
         arch,
-        str(problem.dtype).removeprefix("torch."),
+        dtype_name(problem),
         config.bucket(problem.head_dim),
         problem.longest_q * problem.group,
-        score or "plain",
+        score_kind(problem),
         int(problem.page_size > 0),
     )
 

@@ -12,6 +12,14 @@ from mini_flash_attention import compile, config, cpu, decode
 from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.counters import tile_counter, unused_counter
 from mini_flash_attention.philox import kernel_arguments
+from mini_flash_attention.plans import (
+    Score,
+    dtype_name,
+    gpu_arch,
+    score_kind,
+    score_numbers,
+    with_slopes,
+)
 from mini_flash_attention.problem import Layout, Problem
 
 
@@ -98,11 +106,8 @@ def backward(
     ragged = None
     if layout is not None:
         ragged = ragged_arguments(problem, layout, keys=problem.seqlen_k, added=0)
-    if problem.packed_q:
-        q, out, dout, lse = (x.unsqueeze(0) for x in (q, out, dout, lse))
-        dlse = None if dlse is None else dlse.unsqueeze(0)
-    if problem.packed_k:
-        k, v = k.unsqueeze(0), v.unsqueeze(0)
+    q, out, dout, lse, dlse = as_batches(problem.packed_q, q, out, dout, lse, dlse)
+    k, v = as_batches(problem.packed_k, k, v)
     q, k, v, out, dout = for_kernels(problem, q, k, v, out, dout)
     dropout = kernel_arguments(seed, problem.dropout_p) if problem.dropout_p else None
     dq, dk, dv = plan.run(dout, dlse, q, k, v, out, lse, alibi_slopes, ragged, dropout)
@@ -136,7 +141,7 @@ class ForwardPlan(NamedTuple):
     simple: bool  # q, k and v can be used as they are, if their strides allow it
     device: int
     lse: Tensor  # (batch, heads, seqlen_q), all one element: empty_like is the cheapest allocation
-    score: tuple[float, float | None, Tensor | None]  # kernels/scores.py: Score
+    score: Score
     window: tuple[int, int]
     schedule: tuple[int | Tensor, ...]  # the kernel's last arguments
     scheduled: bool  # one more is missing: the counter from which the kernel draws its tiles
@@ -179,8 +184,7 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
     sequences = 1 if problem.packed_q else problem.batch
     shape = sequences, problem.heads_q, problem.seqlen_q
     lse = torch.empty((), dtype=torch.float32, device=problem.device).expand(shape)
-    scale = abs(problem.softmax_scale) or 1.0
-    score, window = (scale, problem.softcap or None, None), window_numbers(problem)
+    score, window = score_numbers(problem), window_numbers(problem)
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
         return ForwardPlan(None, False, device, lse, score, window, (), False)
     properties = torch.cuda.get_device_properties(device)
@@ -207,7 +211,7 @@ class BackwardPlan(NamedTuple):
     launch: Callable | None  # None: all gradients are 0
     device: int
     workspace: config.Workspace
-    score: tuple[float, float | None, Tensor | None]  # kernels/scores.py: Score
+    score: Score
     window: tuple[int, int]
 
     def run(
@@ -244,8 +248,7 @@ def backward_plan(problem: Problem, forced: str | None) -> BackwardPlan | None:
     if path == "cpu":
         return None
     check_gradients_supported(problem, path)
-    scale = abs(problem.softmax_scale) or 1.0
-    numbers = (scale, problem.softcap or None, None), window_numbers(problem)
+    numbers = score_numbers(problem), window_numbers(problem)
     device = problem.device.index
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
         return BackwardPlan(None, device, config.Workspace((), (), ()), *numbers)
@@ -259,7 +262,7 @@ def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardCo
     return config.backward(
         path,
         arch,
-        str(problem.dtype).removeprefix("torch."),
+        dtype_name(problem),
         config.bucket(problem.head_dim),
         mask_kind(problem),
         problem.deterministic,
@@ -269,19 +272,10 @@ def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardCo
     )
 
 
-def gpu_arch(device: int) -> str:
-    return config.gpu_arch(torch.cuda.get_device_capability(device))
-
-
 def mask_kind(problem: Problem) -> str:
     if problem.window_left is not None:
         return "window"
     return "full" if problem.window_right is None else "causal"
-
-
-def score_kind(problem: Problem) -> str:
-    score = "_".join(name for name, on in (("softcap", problem.softcap), ("alibi", problem.alibi)) if on)
-    return score or "plain"
 
 
 def window_numbers(problem: Problem) -> tuple[int, int]:
@@ -302,7 +296,7 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
     return config.forward(
         path,
         arch,
-        str(problem.dtype).removeprefix("torch."),
+        dtype_name(problem),
         config.bucket(problem.head_dim),
         mask_kind(problem),
         score=score_kind(problem),
@@ -369,11 +363,8 @@ def forward_ragged(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What is not a plain dense call: packed tensors, pages, and all that needs a copy."""
-    result = out
-    if problem.packed_q:
-        q, result = q.unsqueeze(0), None if out is None else out.unsqueeze(0)
-    if problem.packed_k:
-        k, v = k.unsqueeze(0), v.unsqueeze(0)
+    q, result = as_batches(problem.packed_q, q, out)
+    k, v = as_batches(problem.packed_k, k, v)
     if plan.launch is None:
         done, lse = empty_result(q)
     else:
@@ -388,6 +379,13 @@ def forward_ragged(
     if problem.packed_q:
         done, lse = done.squeeze(0), lse.squeeze(0)
     return done if out is None else out, lse
+
+
+def as_batches(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Packed tensors as batches of one, which is how kernels take them."""
+    if not packed:
+        return tensors
+    return tuple(None if x is None else x.unsqueeze(0) for x in tensors)
 
 
 def for_kernels(problem: Problem, q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -411,12 +409,6 @@ def ragged_arguments(problem: Problem, layout: Layout, keys: int, added: int) ->
     tensors = [unused if x is None else x for x in of_sequences]
     table = unused.unsqueeze(0) if layout.block_table is None else layout.block_table
     return *tensors, table, given, keys, added, problem.batch, problem.longest_q
-
-
-def with_slopes(score: tuple, alibi_slopes: Tensor, batch: int) -> tuple:
-    """A plan's score with the slopes of a call, (batch, heads), of stride 0 where the batch shares them."""
-    slopes = alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes.expand(batch, -1)
-    return *score[:2], slopes
 
 
 def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:

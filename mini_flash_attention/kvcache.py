@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import compile, config, cpu, cpu_cache, decode, dispatch
+from mini_flash_attention.plans import dtype_name, gpu_arch
 from mini_flash_attention.problem import CacheUpdate, Layout, Problem
 
 
@@ -138,8 +139,7 @@ class AppendPlan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def append_plan(problem: Problem, rotary: str) -> AppendPlan:
     device = problem.device.index
-    arch = config.gpu_arch(torch.cuda.get_device_capability(device))
-    dtype = str(problem.dtype).removeprefix("torch.")
-    kernel = compile.get(config.KvAppend(arch, dtype, rotary, int(problem.page_size > 0)))
+    row = config.KvAppend(gpu_arch(device), dtype_name(problem), rotary, int(problem.page_size > 0))
+    kernel = compile.get(row)
     advance = problem.window_left is not None or problem.window_right is not None
     return AppendPlan(kernel, device, int(advance))

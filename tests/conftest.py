@@ -41,10 +41,22 @@ def any_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "cpu":
         return torch.device("cpu")
     device = request.getfixturevalue("gpu")
-    arch = config.gpu_arch(torch.cuda.get_device_capability(device))
-    if request.param not in config.paths(arch):
-        pytest.skip(f"{request.param} does not run on {arch}")
+    skip_unless_it_runs(request.param, device)
     return device
+
+
+@pytest.fixture(params=["sm80", "sm90"])
+def path(request: pytest.FixtureRequest, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path that runs on this GPU, forced."""
+    skip_unless_it_runs(request.param, gpu)
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", request.param)
+    return request.param
+
+
+def skip_unless_it_runs(path: str, device: torch.device) -> None:
+    arch = config.gpu_arch(torch.cuda.get_device_capability(device))
+    if path not in config.paths(arch):
+        pytest.skip(f"{path} does not run on {arch}")
 
 
 @pytest.fixture

@@ -49,6 +49,18 @@ def check_gradients(
         assert_by_rule(name, got, r, lo)
 
 
+def reference_options(options: dict[str, Any], b: int | None = None) -> dict[str, Any]:
+    """What reference.attention takes, of the public functions' options; b: for one sequence of a batch."""
+    left, right = options.get("window_size", (-1, -1))
+    right = 0 if options.get("causal") else right
+    limits = {"window_left": left, "window_right": right}
+    rest = {name: options[name] for name in ("softmax_scale", "softcap") if name in options}
+    slopes = options.get("alibi_slopes")
+    if slopes is not None:
+        rest["alibi_slopes"] = slopes if b is None or slopes.ndim == 1 else slopes[b]
+    return {name: limit for name, limit in limits.items() if limit >= 0} | rest
+
+
 def assert_by_rule(name: str, out: Tensor, ref: Tensor, low: Tensor) -> None:
     """Assert the rule; where ref, rounded to out's dtype, is not finite, out must be the same."""
     rounded = ref.to(out.dtype)

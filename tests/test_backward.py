@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from error_rule import check_gradients
+from error_rule import check_gradients, reference_options
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mini_flash_attention import (
-    config,
     dispatch,
     flash_attn_func,
     flash_attn_qkvpacked_func,
@@ -29,16 +28,6 @@ MASKS = [
 GROUPS = [(2, 2), (4, 2), (3, 1), (8, 1), (10, 2)]  # query heads, key heads
 
 
-@pytest.fixture(params=["sm80", "sm90"])
-def path(request: pytest.FixtureRequest, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each path that runs on this GPU, forced."""
-    arch = config.gpu_arch(torch.cuda.get_device_capability(gpu))
-    if request.param not in config.paths(arch):
-        pytest.skip(f"{request.param} does not run on {arch}")
-    monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", request.param)
-    return request.param
-
-
 def inputs(
     seqlen_q: int,
     seqlen_k: int,
@@ -52,14 +41,6 @@ def inputs(
     shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k), (seqlen_q, heads_q)
     tensors = [torch.randn(batch, *s, head_dim, device="cuda").to(dtype) for s in shapes]
     return [*(x.requires_grad_() for x in tensors[:3]), tensors[3]]
-
-
-def reference_options(options: dict[str, Any]) -> dict[str, Any]:
-    left, right = options.get("window_size", (-1, -1))
-    right = 0 if options.get("causal") else right
-    limits = {"window_left": left, "window_right": right}
-    rest = {n: x for n, x in options.items() if n in ("softmax_scale", "softcap", "alibi_slopes")}
-    return {name: limit for name, limit in limits.items() if limit >= 0} | rest
 
 
 def only_hopper(path: str) -> None:

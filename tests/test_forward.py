@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from error_rule import check_forward
+from error_rule import check_forward, reference_options
 from torch import Tensor
 
 from mini_flash_attention import (
     api,
-    config,
     counters,
     flash_attn_func,
     flash_attn_qkvpacked_func,
@@ -51,16 +50,6 @@ WINDOWS = [
 GROUPS = [(1, 1), (2, 1), (3, 3), (5, 1), (6, 2), (7, 7), (12, 4)]  # query heads, key heads
 
 
-@pytest.fixture(params=["sm80", "sm90"])
-def path(request: pytest.FixtureRequest, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each path that runs on this GPU, forced."""
-    arch = config.gpu_arch(torch.cuda.get_device_capability(gpu))
-    if request.param not in config.paths(arch):
-        pytest.skip(f"{request.param} does not run on {arch}")
-    monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", request.param)
-    return request.param
-
-
 def inputs(
     seqlen_q: int,
     seqlen_k: int,
@@ -72,14 +61,6 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k)
     return tuple(torch.randn(batch, *s, head_dim, device="cuda").to(dtype) for s in shapes)
-
-
-def reference_options(options: dict[str, Any]) -> dict[str, Any]:
-    left, right = options.get("window_size", (-1, -1))
-    right = 0 if options.get("causal") else right
-    limits = {"window_left": left, "window_right": right}
-    rest = {name: value for name, value in options.items() if name == "softmax_scale"}
-    return {name: limit for name, limit in limits.items() if limit >= 0} | rest
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from error_rule import check_forward
+from error_rule import check_forward, reference_options
 from torch import Tensor
 
 from mini_flash_attention import compile, cpu_cache, flash_attn_with_kvcache, kvcache
@@ -195,16 +195,9 @@ def check(
         check_other_pages(cache, storage, lengths, ends, outside)
 
     for b, row in enumerate(storage):
-        reference_options = {
-            name: limit for name, limit in (("window_left", left), ("window_right", right)) if limit >= 0
-        }
-        reference_options |= {n: options[n] for n in ("softmax_scale", "softcap") if n in options}
-        slopes = options.get("alibi_slopes")
-        if slopes is not None:
-            reference_options["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
         keys, values = (x[row : row + 1, pads[b] : ends[b]] for x in after)
         tensors = (out[b : b + 1], lse[b : b + 1], q[b : b + 1], keys, values)
-        check_forward(*tensors, **reference_options)
+        check_forward(*tensors, **reference_options(options, b))
 
 
 def check_other_pages(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from error_rule import check_forward, check_gradients
+from error_rule import check_forward, check_gradients, reference_options
 from torch import Tensor
 
 from mini_flash_attention import (
@@ -98,18 +98,6 @@ def slopes_for(options: dict[str, Any], batch: int, heads: int, device: torch.de
         shape = (heads,) if kind == "heads" else (batch, heads)
         options["alibi_slopes"] = torch.rand(shape, device=device) * 0.3
     return options
-
-
-def reference_options(options: dict[str, Any], b: int) -> dict[str, Any]:
-    """Those of reference.attention, for sequence b."""
-    left, right = options.get("window_size", (-1, -1))
-    right = 0 if options.get("causal") else right
-    limits = {"window_left": left, "window_right": right}
-    rest = {name: options[name] for name in ("softmax_scale", "softcap") if name in options}
-    slopes = options.get("alibi_slopes")
-    if slopes is not None:
-        rest["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
-    return {name: limit for name, limit in limits.items() if limit >= 0} | rest
 
 
 def check_batch(out: Tensor, lse: Tensor, batch: Batch, every: int = 1, **options: Any) -> None:

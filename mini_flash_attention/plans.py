@@ -1,0 +1,33 @@
+"""From a problem to the arguments that kernels share; for dispatch.py, decode.py and kvcache.py."""
+
+import torch
+from torch import Tensor
+
+from mini_flash_attention import config
+from mini_flash_attention.problem import Problem
+
+Score = tuple[float, float | None, Tensor | None]  # kernels/scores.py: Score
+
+
+def gpu_arch(device: int) -> str:
+    return config.gpu_arch(torch.cuda.get_device_capability(device))
+
+
+def dtype_name(problem: Problem) -> str:
+    return str(problem.dtype).removeprefix("torch.")
+
+
+def score_kind(problem: Problem) -> str:
+    score = "_".join(name for name, on in (("softcap", problem.softcap), ("alibi", problem.alibi)) if on)
+    return score or "plain"
+
+
+def score_numbers(problem: Problem) -> Score:
+    """Without the slopes, which belong to a call. Scales <= 0 are q's business: dispatch.for_kernels."""
+    return abs(problem.softmax_scale) or 1.0, problem.softcap or None, None
+
+
+def with_slopes(score: Score, alibi_slopes: Tensor, batch: int) -> Score:
+    """The same with a call's slopes, (batch, heads), of stride 0 where the batch shares them."""
+    slopes = alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes.expand(batch, -1)
+    return *score[:2], slopes
