@@ -86,8 +86,9 @@ def flash_attn_func(
         RuntimeError: the GPU is older than SM80, or not known to this version; from the backward pass,
             create_graph=True (there are no second derivatives).
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem = dense(q, k, v, *options)
+    problem = dense(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
+    )
     return _attention(problem, q, k, v, alibi_slopes, None, None, return_attn_probs)
 
 
@@ -208,11 +209,17 @@ def flash_attn_varlen_func(
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     problem = varlen(q, k, v, *lengths, *options, block_table, seqused_k, out)
+    if problem.page_size and seqused_k is None:
+        used = cu_seqlens_k.diff()
+    else:
+        used = None if seqused_k is None else seqused_k.contiguous()
     layout = Layout(
-        cu_seqlens_q=cu_seqlens_q.contiguous(),
-        cu_seqlens_k=_contiguous(cu_seqlens_k) if problem.packed_k else None,
-        seqused_k=cu_seqlens_k.diff() if problem.page_size and seqused_k is None else _contiguous(seqused_k),
-        block_table=_contiguous(block_table),
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous() if problem.packed_k else None,
+        used,
+        None,
+        None,
+        None if block_table is None else block_table.contiguous(),
     )
     if checks.enabled():
         checks.varlen(problem, layout, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, len(k))
@@ -348,27 +355,50 @@ def flash_attn_with_kvcache(
             if the cache is too small for an int cache_seqlens, or if a gradient is required.
         NotImplementedError, RuntimeError: as `flash_attn_func`.
     """
-    new = (k, v, rotary_cos, rotary_sin)
-    where = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
-    options = (softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits)
-    problem = cache(q, k_cache, v_cache, *new, *where, *options)
+    # Not *options, as elsewhere: that takes longer, and a step of decoding calls this for each layer.
+    problem = cache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        rotary_interleaved,
+        alibi_slopes,
+        num_splits,
+    )
+    if isinstance(cache_seqlens, Tensor):
+        cache_seqlens = seqused_k = cache_seqlens.contiguous()
+    else:
+        seqused_k = None
     layout = Layout(
-        leftpad_k=_contiguous(cache_leftpad),
-        batch_idx=_contiguous(cache_batch_idx),
-        block_table=_contiguous(block_table),
+        None,
+        None,
+        seqused_k,
+        None if cache_leftpad is None else cache_leftpad.contiguous(),
+        None if cache_batch_idx is None else cache_batch_idx.contiguous(),
+        None if block_table is None else block_table.contiguous(),
     )
     update = None
     if k is not None:
-        tables = _contiguous(rotary_cos), _contiguous(rotary_sin)
+        tables = (None, None) if rotary_cos is None else (rotary_cos.contiguous(), rotary_sin.contiguous())
         update = CacheUpdate(k, v, *tables, bool(rotary_interleaved))
     if checks.enabled():
         checks.cache(problem, layout, cache_seqlens, update, k_cache.shape)
-    if isinstance(cache_seqlens, Tensor):
-        cache_seqlens = cache_seqlens.contiguous()
+    with_lse = return_softmax_lse
     out, lse = kvcache.forward(
-        problem, q, k_cache, v_cache, cache_seqlens, layout, update, alibi_slopes, num_splits
+        problem, q, k_cache, v_cache, cache_seqlens, layout, update, alibi_slopes, num_splits, with_lse
     )
-    return (out, lse) if return_softmax_lse else out
+    return (out, lse) if with_lse else out
 
 
 def _attention(
@@ -387,7 +417,7 @@ def _attention(
             problem = replace(problem, deterministic=True)
         out, lse = Attention.apply(q, k, v, problem, alibi_slopes, seed, layout)
     else:
-        out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed, layout, out)
+        out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed, layout, out, return_attn_probs)
     if not return_attn_probs:
         return out
     S_dmask = None
@@ -442,10 +472,6 @@ def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:
     if packed.ndim != len(sizes) or packed.shape[place] != int(sizes[place]):
         raise ValueError(f"{name} must have shape ({dims}), not {tuple(packed.shape)}")
     return packed.unbind(place)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _draw_seed() -> int:

@@ -5,17 +5,17 @@ flash_attn_with_kvcache, so it has no place in a graph capture. Without it wrong
 what the tensors hold, wrong pages and rows may be read, and nothing outside the tensors is written.
 """
 
-import os
-
 from torch import Tensor
 
+from mini_flash_attention import environment
 from mini_flash_attention.problem import CacheUpdate, Layout, Problem
 
 SWITCH = "MINI_FLASH_ATTENTION_CHECK"
+_switch = environment.reader(SWITCH)
 
 
 def enabled() -> bool:
-    return os.environ.get(SWITCH, "0") not in ("", "0")
+    return _switch() not in (None, "", "0")
 
 
 def varlen(

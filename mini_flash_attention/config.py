@@ -80,6 +80,7 @@ class ForwardSm90:
     q_stages: int = 2  # 2: the next tile's Q comes, and its first S, under this tile's last P·V
     q_regs: bool = False  # Q in registers: less shared memory traffic, head_dim / 4 more registers
     ordered: bool = True  # the warpgroups take turns to issue their products
+    cluster: int = 1  # thread blocks that load K and V together, so that L2 is read once for all
     score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
     page: int = 0  # what divides a page of k and v: one of SM90_PAGES; 0: no pages
@@ -88,8 +89,9 @@ class ForwardSm90:
     short_seqlen: int = 0
 
     def at(self, seqlen_q: int) -> "ForwardSm90":
-        """The tiles that the kernel chooses at launch."""
-        return self.short.at(seqlen_q) if self.short and seqlen_q <= self.short_seqlen else self
+        """The tiles that the kernel chooses at launch; a head's tiles must fill clusters."""
+        fits = seqlen_q > self.short_seqlen and -(-seqlen_q // self.tile_m) % self.cluster == 0
+        return self if fits or self.short is None else self.short.at(seqlen_q)
 
     @property
     def variants(self) -> tuple["ForwardSm90", ...]:
@@ -108,9 +110,14 @@ class ForwardSm90:
         return (40, 232) if self.ragged else (24, 240)
 
     @property
+    def staggered(self) -> bool:
+        """Whether warpgroups may start at other blocks than the tile's first: none of their rows sees it."""
+        return self.mask != "full" and self.tile_n < self.tile_m
+
+    @property
     def piece(self) -> int:
         """Keys that one TMA load copies: they lie in one page."""
-        return math.gcd(self.page, self.tile_n)
+        return math.gcd(self.page, self.tile_n // self.cluster)
 
     @property
     def shared_memory(self) -> int:
@@ -126,7 +133,7 @@ class Workspace(NamedTuple):
 
     stats: tuple[int, ...]  # float32: what bwd_delta.py finds out about the rows
     dq_acc: tuple[int, ...]  # float32: the sum of dQ, tile by tile
-    turns: tuple[int, ...]  # int32: who may add to a tile of dq_acc; read with `deterministic` only
+    turns: tuple[int, ...]  # int32: who may add to a tile of dq_acc, if deterministic; else drawn tiles
 
 
 def workspace(row: "BackwardConfig", batch: int, heads_q: int, seqlen_q: int) -> Workspace:
@@ -158,6 +165,8 @@ class BackwardSm90:
     stages: int = 2  # Q blocks in shared memory
     do_stages: int = 2  # dO blocks
     registers: tuple[int, int, int] = (208, 72, 24)  # of a consumer, dQ and load thread
+    dq_transposed: bool = False  # dQᵀ = Kᵀ·dSᵀ, Kᵀ in registers: wgmma reads dS alone from shared memory
+    persistent: bool = False  # a thread block stays on its SM; the next keys are loaded while it works
     score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
     dropout: bool = False  # kernels/dropout.py
@@ -168,14 +177,20 @@ class BackwardSm90:
         return "softcap" in self.score or self.dropout
 
     @property
+    def kv_stages(self) -> int:
+        """K and V blocks in shared memory."""
+        return 2 if self.persistent else 1
+
+    @property
     def wide(self) -> bool:
         """One consumer warpgroup computes dV, the other dK; else both, each of 64 keys."""
         return self.tile_n == 64
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: K and V, the slots of Q, dO, dS and P, two pieces of dQ, stats; barriers come on top."""
-        tiles = 2 * self.head_dim * (2 * self.tile_n + (self.stages + self.do_stages) * self.tile_m)
+        """Bytes: the slots of K, V, Q, dO, dS and P, two pieces of dQ, stats; barriers come on top."""
+        rows = 2 * self.kv_stages * self.tile_n + (self.stages + self.do_stages) * self.tile_m
+        tiles = 2 * self.head_dim * rows
         scores = 2 * 2 * self.tile_n * self.tile_m * (2 if self.wide else 1)
         return tiles + scores + 2 * 4 * math.prod(self.dq_piece) + self.stages * 2 * 4 * self.tile_m
 
@@ -207,7 +222,10 @@ def forward(
     for seqlen, differences in of_row(SM90_SHORT, head_dim, mask):
         short = replace(row, **differences, short=short, short_seqlen=short_seqlen)
         short_seqlen = seqlen
-    return replace(row, short=short, short_seqlen=short_seqlen)
+    row = replace(row, short=short, short_seqlen=short_seqlen)
+    for short_seqlen, differences in () if features else SM90_LONG.get((head_dim, mask), ()):
+        row = replace(row, **differences, short=row, short_seqlen=short_seqlen)
+    return row
 
 
 def of_row(table: dict, head_dim: int, mask: str) -> Any:
@@ -267,10 +285,20 @@ SM90_SHORT = {
     (64, "full"): ((1024, _SHORT_64),),
     96: ((2048, dict(tile_m=128, tile_n=128, stages=3, q_regs=True, ordered=False)),),
     (96, "full"): (),
-    128: ((512, dict(tile_n=64, stages=5)), (2048, dict(tile_n=96, stages=3))),
+    128: ((1024, dict(tile_n=64, stages=5)), (2048, dict(tile_n=96, stages=3))),
     (128, "full"): (),
     192: (),
     256: (),
+}
+
+
+# (head dim, mask) -> (seqlen_q beyond which, what differs), for plain dense batches.
+SM90_LONG = {
+    (256, "full"): (
+        (512, dict(cluster=2)),
+        (1024, dict(cluster=2, ordered=True)),
+        (4096, dict(cluster=2, tile_n=80)),
+    )
 }
 
 
@@ -291,9 +319,18 @@ def forward_configs(arch: str) -> Iterator[ForwardConfig]:
 
 
 # head dim -> tiles of the Hopper backward. Registers hold no more than 64 queries at 128, and no more than 64
-# keys from 192 on; shared memory holds no second dO at 256.
+# keys from 192 on; shared memory holds no second dO at 256. Measured on an H100 (docs/worklog.md): 64: dQ
+# transposed is up to 3 % ahead, persistent thread blocks another 6 to 17 %; 128: those are 2 % ahead at 1,024
+# queries, 4 to 10 % behind at 16,384.
 SM90_BACKWARD_TILES = {
-    64: dict(tile_m=128, tile_n=128, dq_piece=(64, 64)),
+    64: dict(
+        tile_m=128,
+        tile_n=128,
+        dq_piece=(64, 64),
+        registers=(192, 104, 24),
+        dq_transposed=True,
+        persistent=True,
+    ),
     96: dict(tile_m=64, tile_n=128, dq_piece=(64, 96), registers=(192, 96, 32)),
     128: dict(tile_m=64, tile_n=128, dq_piece=(64, 64)),
     192: dict(tile_m=64, tile_n=64, dq_piece=(64, 64)),
@@ -304,8 +341,10 @@ SM90_BACKWARD_TILES = {
 # What differs where dS takes another factor than P, whose registers come from smaller tiles or the dQ WG.
 SM90_BACKWARD_FACTORED = {
     64: dict(tile_m=64),
+    (96, "dropout", "softcap_alibi"): dict(registers=(200, 80, 32)),
     (128, "dropout"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
     (128, "dropout", "softcap_alibi"): dict(tile_n=64),
+    (256, "softcap_alibi"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
 }
 
 
@@ -316,8 +355,10 @@ def backward_sm90(
     row = BackwardSm90(
         arch, dtype, head_dim, mask, deterministic, **of_row(SM90_BACKWARD_TILES, head_dim, mask), **features
     )
+    if deterministic or row.ragged:  # turns follow the order of starts; ragged: not tried
+        row = replace(row, persistent=False)
     keys = ((head_dim, "dropout", row.score), (head_dim, "dropout")) if row.dropout else ()
-    keys = (*keys, head_dim) if row.factored else ()
+    keys = (*keys, (head_dim, row.score), head_dim) if row.factored else ()
     return replace(row, **next((SM90_BACKWARD_FACTORED[k] for k in keys if k in SM90_BACKWARD_FACTORED), {}))
 
 
@@ -346,6 +387,16 @@ class BackwardSm80:
         return int(self.arch[3:].rstrip("a")) >= 90
 
     @property
+    def stats(self) -> int:
+        """Statistics of each query: two slots of two, and zeros where one of the products is not seeded."""
+        return 5 if (self.score != "plain") != self.dropout else 4
+
+    @property
+    def block_numbers(self) -> int:
+        """Those that say what a thread block works on: bwd_schedule.Block."""
+        return 13 if self.ragged else 5
+
+    @property
     def dq_vector(self) -> int:
         """Values of dQ that one instruction adds to dq_acc."""
         return 4 if int(self.arch[3:].rstrip("a")) >= 90 else 1
@@ -354,14 +405,15 @@ class BackwardSm80:
     def shared_memory(self) -> int:
         """Bytes: K and V, two slots of Q, dO, dS and the statistics, and what the thread block works on."""
         tiles = 2 * self.head_dim * (2 * self.tile_n + 4 * self.tile_m)
-        return tiles + 2 * self.tile_m * (2 * self.tile_n + 8) + 20
+        return tiles + 4 * self.tile_m * (self.tile_n + self.stats) + 4 * self.block_numbers
 
     @property
     def stack(self) -> int:
-        """Bytes of stack it may use: two words, used once a query block, in two kernels."""
-        small_256 = self.deterministic and self.head_dim == 256 and self.tile_m == 32
-        causal_96 = self.arch == "sm_120a" and self.head_dim == 96 and self.mask == "causal"
-        return 8 if small_256 or causal_96 else 0
+        """Bytes of stack it may use: a few words, used once a query block, cost less than a smaller tile."""
+        small_256 = self.head_dim == 256 and self.tile_m == 32
+        if self.score == "plain" and not self.ragged and not self.dropout:
+            return 8 if small_256 and self.deterministic else 0
+        return 24 if small_256 else 8
 
 
 # head dim -> tiles of the SM80 backward, the first that fits the shared memory. A warp's keys are as many as

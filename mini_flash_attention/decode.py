@@ -6,14 +6,23 @@ that stands in GPU memory, and the kernel divides what it finds.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mini_flash_attention import compile, config
-from mini_flash_attention.plans import Score, dtype_name, score_kind, score_numbers, with_slopes
+from mini_flash_attention.plans import (
+    Score,
+    dtype_name,
+    score_kind,
+    score_numbers,
+    simple,
+    unread,
+    with_slopes,
+)
 from mini_flash_attention.problem import MAX_SPLITS, Problem
+from mini_flash_attention.workspace import workspace
 
 MIN_BLOCKS = 4  # key blocks of a split: fewer take less time than a thread block's start and end
 MAX_BLOCKS = 128  # beyond, a long sequence among short ones would have too few thread blocks
@@ -29,8 +38,10 @@ class DecodePlan(NamedTuple):
     """A kernel and the numbers it takes, for all calls of one problem; used like dispatch.ForwardPlan."""
 
     launch: Callable | None  # None: nothing to compute
+    simple: bool  # these three as in ForwardPlan
     device: int
-    lse: Tensor  # (batch, heads, seqlen_q), all one element, as in ForwardPlan
+    lse: Tensor
+    unread_lse: Any | None
     workspace: Tensor  # what combine.partial says, all one element; with one split an element, not used
     score: Score
     window: tuple[int, int]
@@ -44,21 +55,24 @@ class DecodePlan(NamedTuple):
         v: Tensor,
         alibi_slopes: Tensor | None,
         ragged: tuple,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        out: Tensor | None,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                return self.run(q, k, v, alibi_slopes, ragged, out)
+                return self.run(q, k, v, alibi_slopes, ragged, out, with_lse)
         if out is None:
             out = torch.empty_like(q)
-        lse = torch.empty_like(self.lse)
-        workspace = torch.empty_like(self.workspace) if self.num_splits > 1 else self.workspace
+        lse = None if with_lse else self.unread_lse
+        if lse is None:
+            lse = torch.empty_like(self.lse)
+        memory = workspace(self.workspace, self.device) if self.num_splits > 1 else self.workspace
         score = self.score
         if alibi_slopes is not None:
             score = with_slopes(score, alibi_slopes, ragged[-2])
-        numbers = *self.window, ragged, self.num_splits, self.min_blocks
-        self.launch(q, k, v, out, lse, workspace, score, *numbers)
-        return out, lse
+        left, right = self.window
+        self.launch(q, k, v, out, lse, memory, score, left, right, ragged, self.num_splits, self.min_blocks)
+        return out, lse if with_lse else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -66,24 +80,26 @@ def plan(problem: Problem, num_splits: int) -> DecodePlan:
     """How to decode; num_splits: 0 if it is to be chosen here."""
     device = problem.device.index
     element = torch.empty(1, dtype=torch.float32, device=problem.device)
-    lse = element.expand(1 if problem.packed_q else problem.batch, problem.heads_q, problem.seqlen_q)
+    shape = 1 if problem.packed_q else problem.batch, problem.heads_q, problem.seqlen_q
+    lse = element.expand(shape)
     score = score_numbers(problem)
     window = (
         problem.seqlen_k if problem.window_left is None else problem.window_left,
         problem.seqlen_q if problem.window_right is None else problem.window_right,
     )
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return DecodePlan(None, device, lse, element, score, window, 1, 1)
+        return DecodePlan(None, False, device, lse, None, element, score, window, 1, 1)
     properties = torch.cuda.get_device_properties(device)
     row = decode_config(problem, config.gpu_arch((properties.major, properties.minor)))
     min_blocks = 1 if num_splits else MIN_BLOCKS
     num_splits = num_splits or choose_splits(problem, row, properties.multi_processor_count)
     head_dim = -(-problem.head_dim // config.ELEMENTS) * config.ELEMENTS
-    workspace = element
+    memory = element
     if num_splits > 1:
-        workspace = element.expand(num_splits * lse.numel() * (head_dim + 1))
+        memory = element.expand(num_splits * lse.numel() * (head_dim + 1))
     kernel = compile.get(row)
-    return DecodePlan(kernel, device, lse, workspace, score, window, num_splits, min_blocks)
+    tensors = lse, unread(shape, device), memory
+    return DecodePlan(kernel, simple(problem), device, *tensors, score, window, num_splits, min_blocks)
 
 
 def decode_config(problem: Problem, arch: str) -> config.Decode:

@@ -1,31 +1,35 @@
 """Which backend serves a problem, and the call of its kernel."""
 
 import functools
-import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention import compile, config, cpu, decode
+from mini_flash_attention import compile, config, cpu, decode, environment
 from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.counters import tile_counter, unused_counter
 from mini_flash_attention.philox import kernel_arguments
 from mini_flash_attention.plans import (
     Score,
+    argument,
     dtype_name,
     gpu_arch,
     score_kind,
     score_numbers,
+    simple,
+    unread,
     with_slopes,
 )
 from mini_flash_attention.problem import Layout, Problem
 
+forced_backend = environment.reader("MINI_FLASH_ATTENTION_BACKEND")
+
 
 def backend(problem: Problem) -> str:
     """Returns "cpu", "sm80" or "sm90": MINI_FLASH_ATTENTION_BACKEND, else the device's best."""
-    return choose(problem.device, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
+    return choose(problem.device, forced_backend())
 
 
 @functools.cache
@@ -66,21 +70,23 @@ def forward(
     seed: int | None,
     layout: Layout | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """out, like q, and lse (batch, heads_q, seqlen_q), or (heads_q, total_q) where q is packed.
 
     With `out` given, the result is written there. GPU: rows of q that are in no sequence have no result.
+    Without `with_lse` there need be no lse.
     """
-    plan = forward_plan(problem, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
+    plan = forward_plan(problem, forced_backend())
     if plan is None:
         with torch.autocast(problem.device.type, enabled=False):
             return cpu.forward(problem, q, k, v, alibi_slopes, seed, layout, out)
     if problem.dropout_p:
         plan = plan._replace(dropout=kernel_arguments(seed, problem.dropout_p))
     if layout is None and out is None and plan.simple and ready(q, k, v):
-        return plan.run(q, k, v, alibi_slopes)
+        return plan.run(q, k, v, alibi_slopes, None, None, with_lse)
     ragged = None if layout is None else ragged_arguments(problem, layout, keys=problem.seqlen_k, added=0)
-    return forward_ragged(plan, problem, q, k, v, alibi_slopes, ragged, out)
+    return forward_ragged(plan, problem, q, k, v, alibi_slopes, ragged, out, with_lse)
 
 
 def backward(
@@ -97,7 +103,7 @@ def backward(
     layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, like q, k, v."""
-    plan = backward_plan(problem, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
+    plan = backward_plan(problem, forced_backend())
     if plan is None:
         with torch.autocast(problem.device.type, enabled=False):
             return cpu.backward(problem, dout, dlse, q, k, v, out, lse, alibi_slopes, seed, layout)
@@ -141,6 +147,7 @@ class ForwardPlan(NamedTuple):
     simple: bool  # q, k and v can be used as they are, if their strides allow it
     device: int
     lse: Tensor  # (batch, heads, seqlen_q), all one element: empty_like is the cheapest allocation
+    unread_lse: Any | None  # memory for one that nobody wants
     score: Score
     window: tuple[int, int]
     schedule: tuple[int | Tensor, ...]  # the kernel's last arguments
@@ -152,16 +159,19 @@ class ForwardPlan(NamedTuple):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        alibi_slopes: Tensor | None = None,
-        ragged: tuple | None = None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        alibi_slopes: Tensor | None,
+        ragged: tuple | None,
+        out: Tensor | None,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                return self.run(q, k, v, alibi_slopes, ragged, out)
+                return self.run(q, k, v, alibi_slopes, ragged, out, with_lse)
         if out is None:
             out = torch.empty_like(q)
-        lse = torch.empty_like(self.lse)
+        lse = None if with_lse else self.unread_lse
+        if lse is None:
+            lse = torch.empty_like(self.lse)
         score = self.score
         if alibi_slopes is not None:
             score = with_slopes(score, alibi_slopes, len(q) if ragged is None else ragged[-2])
@@ -170,7 +180,7 @@ class ForwardPlan(NamedTuple):
             self.launch(*arguments, tile_counter(self.device))
         else:
             self.launch(*arguments)
-        return out, lse
+        return out, lse if with_lse else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -186,7 +196,7 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
     lse = torch.empty((), dtype=torch.float32, device=problem.device).expand(shape)
     score, window = score_numbers(problem), window_numbers(problem)
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return ForwardPlan(None, False, device, lse, score, window, (), False)
+        return ForwardPlan(None, False, device, lse, None, score, window, (), False)
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
     if problem.ragged and not problem.dropout_p and decode.pays(problem, path, num_sms):
@@ -201,8 +211,9 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
             m_blocks = problem.seqlen_q // tiles.tile_m + min(problem.batch, problem.seqlen_q)
         scheduled = m_blocks * problem.heads_q > num_sms  # else it draws nothing, and any address will do
         schedule = (*schedule, num_sms) if scheduled else (*schedule, num_sms, unused_counter(device))
-    simple = problem.softmax_scale > 0 and problem.head_dim % ELEMENTS == 0
-    return ForwardPlan(compile.get(row), simple, device, lse, score, window, schedule, scheduled)
+    kernel = compile.get(row)
+    tensors = lse, unread(shape, device)
+    return ForwardPlan(kernel, simple(problem), device, *tensors, score, window, schedule, scheduled)
 
 
 class BackwardPlan(NamedTuple):
@@ -213,6 +224,7 @@ class BackwardPlan(NamedTuple):
     workspace: config.Workspace
     score: Score
     window: tuple[int, int]
+    schedule: tuple[int, ...] = ()  # the kernel's last arguments
 
     def run(
         self,
@@ -227,17 +239,22 @@ class BackwardPlan(NamedTuple):
         ragged: tuple | None,
         dropout: tuple | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if torch._C._cuda_getDevice() != self.device:
+            with torch.cuda.device(self.device):
+                return self.run(dout, dlse, q, k, v, out, lse, alibi_slopes, ragged, dropout)
         score = self.score
         if alibi_slopes is not None:
             score = with_slopes(score, alibi_slopes, len(q) if ragged is None else ragged[-2])
-        with torch.cuda.device(self.device):
-            dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-            stats, dq_acc = (lse.new_empty(shape) for shape in self.workspace[:2])
-            turns = torch.empty(self.workspace.turns, dtype=torch.int32, device=q.device)
-            has_dlse = dlse is not None
-            dlse = dlse.contiguous() if has_dlse else lse
-            tensors = q, k, v, out, dout, lse, dlse, stats, dq_acc, dq, dk, dv
-            self.launch(*tensors, score, int(has_dlse), *self.window, ragged, dropout, turns)
+        gradients = dq, dk, dv = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+        ]
+        stats, dq_acc = (lse.new_empty(shape) for shape in self.workspace[:2])
+        turns = lse.new_empty(self.workspace.turns, dtype=torch.int32)
+        has_dlse = dlse is not None
+        dlse = dlse.contiguous() if has_dlse else lse
+        tensors = q, k, v, out, dout, lse, dlse, stats, dq_acc, *gradients
+        numbers = score, int(has_dlse), *self.window, ragged, dropout
+        self.launch(*tensors, *numbers, turns, *self.schedule)
         return dq, dk, dv
 
 
@@ -247,14 +264,16 @@ def backward_plan(problem: Problem, forced: str | None) -> BackwardPlan | None:
     path = choose(problem.device, forced)
     if path == "cpu":
         return None
-    check_gradients_supported(problem, path)
     numbers = score_numbers(problem), window_numbers(problem)
     device = problem.device.index
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
         return BackwardPlan(None, device, config.Workspace((), (), ()), *numbers)
     row = backward_config(problem, path, gpu_arch(device))
     workspace = config.workspace(row, problem.batch, problem.heads_q, problem.seqlen_q)
-    return BackwardPlan(compile.get(row), device, workspace, *numbers)
+    schedule = ()
+    if row.kernel == "bwd_sm90":
+        schedule = (torch.cuda.get_device_properties(device).multi_processor_count,)
+    return BackwardPlan(compile.get(row), device, workspace, *numbers, schedule)
 
 
 def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:
@@ -315,21 +334,6 @@ def check_supported(problem: Problem) -> None:
         )
 
 
-def check_gradients_supported(problem: Problem, path: str) -> None:
-    """The same for the backward pass."""
-    for name, wanted in (
-        ("dropout_p", problem.dropout_p > 0),
-        ("softcap", problem.softcap > 0),
-        ("alibi_slopes", problem.alibi),
-        ("cu_seqlens_q", problem.ragged),
-    ):
-        if wanted and path == "sm80":
-            raise NotImplementedError(
-                f"{name}: gradients are not implemented on this GPU yet; "
-                "MINI_FLASH_ATTENTION_BACKEND=cpu has them"
-            )
-
-
 def swath(row: config.ForwardConfig, problem: Problem, num_sms: int) -> int:
     """How many heads to walk together (kernels/scheduler.py), all swaths of nearly one size.
 
@@ -361,24 +365,31 @@ def forward_ragged(
     alibi_slopes: Tensor | None,
     ragged: tuple | None,
     out: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """What is not a plain dense call: packed tensors, pages, and all that needs a copy."""
-    q, result = as_batches(problem.packed_q, q, out)
-    k, v = as_batches(problem.packed_k, k, v)
+    result = out
+    if problem.packed_q:
+        q = q.unsqueeze(0)
+        result = None if out is None else out.unsqueeze(0)
+    if problem.packed_k:
+        k, v = k.unsqueeze(0), v.unsqueeze(0)
     if plan.launch is None:
         done, lse = empty_result(q)
     else:
-        q, k, v = for_kernels(problem, q, k, v)
+        if not (plan.simple and ready(q, k, v)):
+            q, k, v = for_kernels(problem, q, k, v)
         usable = result is not None and not problem.head_dim % ELEMENTS and ready(result)
-        done, lse = plan.run(q, k, v, alibi_slopes, ragged, result if usable else None)
+        done, lse = plan.run(q, k, v, alibi_slopes, ragged, result if usable else None, with_lse)
         if problem.head_dim % ELEMENTS:
             done = done[..., : problem.head_dim].contiguous()
     if result is not None and done is not result:
         result.copy_(done)
-        done = result
-    if problem.packed_q:
-        done, lse = done.squeeze(0), lse.squeeze(0)
-    return done if out is None else out, lse
+    if problem.packed_q and with_lse:
+        lse = lse.squeeze(0)
+    if out is not None:
+        return out, lse
+    return done.squeeze(0) if problem.packed_q else done, lse
 
 
 def as_batches(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -403,12 +414,35 @@ def ragged_arguments(problem: Problem, layout: Layout, keys: int, added: int) ->
 
     keys: of each sequence, where no tensor tells; added: what this call has appended to them.
     """
-    of_sequences = layout[:5]
-    unused = unused_counter(problem.device.index)
-    given = sum(1 << i for i, x in enumerate(of_sequences) if x is not None)
-    tensors = [unused if x is None else x for x in of_sequences]
-    table = unused.unsqueeze(0) if layout.block_table is None else layout.block_table
-    return *tensors, table, given, keys, added, problem.batch, problem.longest_q
+    cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx, block_table = layout
+    none, no_table = not_given(problem.device.index)
+    given = (
+        (cu_seqlens_q is not None)
+        + 2 * (cu_seqlens_k is not None)
+        + 4 * (seqused_k is not None)
+        + 8 * (leftpad_k is not None)
+        + 16 * (batch_idx is not None)
+    )
+    return (
+        none if cu_seqlens_q is None else cu_seqlens_q,
+        none if cu_seqlens_k is None else cu_seqlens_k,
+        none if seqused_k is None else seqused_k,
+        none if leftpad_k is None else leftpad_k,
+        none if batch_idx is None else batch_idx,
+        no_table if block_table is None else block_table,
+        given,
+        keys,
+        added,
+        problem.batch,
+        problem.longest_q,
+    )
+
+
+@functools.cache
+def not_given(device: int) -> tuple[Any, Any]:
+    """What stands for a tensor that is not given, of one and of two dimensions."""
+    unused = unused_counter(device)
+    return argument(unused), argument(unused.unsqueeze(0))
 
 
 def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """flash_attn_with_kvcache behind the API: append to the cache, then attention to it."""
 
 import functools
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,25 +22,32 @@ def forward(
     update: CacheUpdate | None,
     alibi_slopes: Tensor | None,
     num_splits: int,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q).
 
-    cache_seqlens counts the keys before the append; None: the whole cache is used.
+    cache_seqlens counts the keys before the append, and is layout.seqused_k if a tensor; None: the whole
+    cache is used. Without `with_lse` there need be no lse.
     """
-    plan = attention_plan(problem, num_splits, os.environ.get("MINI_FLASH_ATTENTION_BACKEND"))
+    plan = attention_plan(problem, num_splits, dispatch.forced_backend())
     if plan is None:
         with torch.autocast(problem.device.type, enabled=False):
             return forward_cpu(problem, q, k_cache, v_cache, cache_seqlens, layout, update, alibi_slopes)
     keys, added = problem.seqlen_k, 0
-    if isinstance(cache_seqlens, Tensor):
-        layout = layout._replace(seqused_k=cache_seqlens)
-    elif cache_seqlens is not None:
+    if cache_seqlens is not None and layout.seqused_k is None:
         keys = int(cache_seqlens)
     if update is not None:
-        q = append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
         added = update.k.shape[1]
     ragged = dispatch.ragged_arguments(problem, layout, keys, added)
-    return dispatch.forward_ragged(plan, problem, q, k_cache, v_cache, alibi_slopes, ragged, None)
+    ready = dispatch.ready(q, k_cache, v_cache)
+    if update is not None:
+        if ready and added > 0 and appendable(problem, update):
+            q = append(problem, q, k_cache, v_cache, ragged, update)
+        else:
+            q = cpu_cache.append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
+    if ready and plan.simple:  # so is a rotated q
+        return plan.run(q, k_cache, v_cache, alibi_slopes, ragged, None, with_lse)
+    return dispatch.forward_ragged(plan, problem, q, k_cache, v_cache, alibi_slopes, ragged, None, with_lse)
 
 
 def forward_cpu(
@@ -84,29 +90,23 @@ def append(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_seqlens: Tensor | int,
-    layout: Layout,
+    ragged: tuple,
     update: CacheUpdate,
 ) -> Tensor:
-    """cpu_cache.append on the GPU, by a kernel where it can; layout.seqused_k: cache_seqlens if a tensor."""
-    if not appendable(problem, q, k_cache, v_cache, update):
-        return cpu_cache.append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
-    keys = 0 if isinstance(cache_seqlens, Tensor) else int(cache_seqlens)
-    ragged = dispatch.ragged_arguments(problem, layout, keys, 0)
+    """cpu_cache.append by a kernel, which takes the lengths of `ragged` without what this call appends."""
     rotary = "none"
     if update.rotary_cos is not None:
         rotary = "interleaved" if update.interleaved else "halves"
     return append_plan(problem, rotary).run(q, k_cache, v_cache, ragged, update)
 
 
-def appendable(problem: Problem, q: Tensor, k_cache: Tensor, v_cache: Tensor, update: CacheUpdate) -> bool:
-    """Whether kv_append.py has something to do, and can read and write it all in pieces of 16 bytes."""
-    if problem.head_dim % config.ELEMENTS or 0 in (problem.batch, problem.seqlen_k, update.k.shape[1]):
+def appendable(problem: Problem, update: CacheUpdate) -> bool:
+    """Whether kv_append.py has a place to write to, and can read it all in pieces of 16 bytes."""
+    if problem.head_dim % config.ELEMENTS or not problem.batch or not problem.seqlen_k:
         return False
-    if not dispatch.ready(q, k_cache, v_cache, update.k, update.v):
+    if update.rotary_cos is not None and (update.rotary_cos.data_ptr() | update.rotary_sin.data_ptr()) % 16:
         return False
-    tables = () if update.rotary_cos is None else (update.rotary_cos, update.rotary_sin)
-    return all(table.data_ptr() % 16 == 0 for table in tables)
+    return dispatch.ready(update.k, update.v)
 
 
 class AppendPlan(NamedTuple):

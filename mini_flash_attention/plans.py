@@ -1,5 +1,9 @@
 """From a problem to the arguments that kernels share; for dispatch.py, decode.py and kvcache.py."""
 
+import functools
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +11,7 @@ from mini_flash_attention import config
 from mini_flash_attention.problem import Problem
 
 Score = tuple[float, float | None, Tensor | None]  # kernels/scores.py: Score
+UNREAD = 2**18  # elements: of larger results the kernel takes longer than the host saves
 
 
 def gpu_arch(device: int) -> str:
@@ -31,3 +36,26 @@ def with_slopes(score: Score, alibi_slopes: Tensor, batch: int) -> Score:
     """The same with a call's slopes, (batch, heads), of stride 0 where the batch shares them."""
     slopes = alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes.expand(batch, -1)
     return *score[:2], slopes
+
+
+def simple(problem: Problem) -> bool:
+    """Whether the kernels can take q, k and v as they are, if their strides allow it."""
+    return problem.softmax_scale > 0 and problem.head_dim % config.ELEMENTS == 0
+
+
+def argument(x: Tensor) -> Any:
+    """A tensor that many calls pass, in the form to which TVM-FFI would convert it in each."""
+    import tvm_ffi  # not at the top: the CPU backend does without it
+
+    return tvm_ffi.from_dlpack(x)
+
+
+def unread(shape: tuple[int, ...], device: int) -> Any | None:
+    """For what a kernel writes and nobody reads: float32 memory that all calls share. None: too large."""
+    size = math.prod(shape)
+    return argument(_unread_memory(device)[:size].view(shape)) if size <= UNREAD else None
+
+
+@functools.cache
+def _unread_memory(device: int) -> Tensor:
+    return torch.empty(UNREAD, dtype=torch.float32, device=f"cuda:{device}")

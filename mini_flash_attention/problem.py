@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -50,6 +50,13 @@ class Problem:
     page_size: int = 0  # tokens of a page of k and v; 0: they are not paged
     left_padded: bool = False
     max_seqlen_q: int = 0  # the longest sequence of q, says the caller: for speed, never for safety
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        return self._hash  # each call asks for it, to find its plan
 
     @property
     def longest_q(self) -> int:
@@ -106,20 +113,15 @@ def dense(
         raise TypeError(_not_a_tensor(q=q, k=k, v=v))
     if type(window_size) is not tuple or len(window_size) != 2:
         window_size = _pair(window_size)
-    facts = (
+    tensors = (
         (q.shape, k.shape, v.shape),
         (q.dtype, k.dtype, v.dtype),
         (q.device, k.device, v.device),
         None if alibi_slopes is None else _alibi_facts(alibi_slopes),
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size[0],
-        window_size[1],
-        softcap,
-        deterministic,
     )
-    return _remembered(_dense, facts)
+    left, right = window_size
+    options = dropout_p, softmax_scale, causal, left, right, softcap, deterministic
+    return _remembered(_dense, tensors, options)
 
 
 def varlen(
@@ -147,7 +149,7 @@ def varlen(
     if type(window_size) is not tuple or len(window_size) != 2:
         window_size = _pair(window_size)
     _max_seqlen("max_seqlen_k", max_seqlen_k)
-    facts = (
+    tensors = (
         (q.shape, k.shape, v.shape),
         (q.dtype, k.dtype, v.dtype),
         (q.device, k.device, v.device),
@@ -156,21 +158,16 @@ def varlen(
         None if seqused_k is None else _facts("seqused_k", seqused_k),
         None if block_table is None else _facts("block_table", block_table),
         None if out is None else _facts("out", out),
-        _max_seqlen("max_seqlen_q", max_seqlen_q),
         None if alibi_slopes is None else _alibi_facts(alibi_slopes),
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size[0],
-        window_size[1],
-        softcap,
-        deterministic,
     )
-    if block_table is not None:
+    longest = _max_seqlen("max_seqlen_q", max_seqlen_q)
+    left, right = window_size
+    options = dropout_p, softmax_scale, causal, left, right, softcap, deterministic
+    if block_table is not None and torch.is_grad_enabled():
         _check_no_gradient("block_table: attention to pages", q, k, v)
-    if out is not None:
+    if out is not None and torch.is_grad_enabled():
         _check_no_gradient("out: attention into a given tensor", q, k, v, out)
-    return _remembered(_varlen, facts)
+    return _remembered(_varlen, tensors, (longest, *options))
 
 
 def cache(
@@ -201,8 +198,8 @@ def cache(
         raise TypeError(_not_a_tensor(q=q, k_cache=k_cache, v_cache=v_cache))
     if type(window_size) is not tuple or len(window_size) != 2:
         window_size = _pair(window_size)
-    host_length = isinstance(cache_seqlens, Integral)
-    facts = (
+    host_length = not isinstance(cache_seqlens, Tensor) and isinstance(cache_seqlens, Integral)
+    tensors = (
         (q.shape, k_cache.shape, v_cache.shape),
         (q.dtype, k_cache.dtype, v_cache.dtype),
         (q.device, k_cache.device, v_cache.device),
@@ -214,41 +211,31 @@ def cache(
         None if cache_batch_idx is None else _facts("cache_batch_idx", cache_batch_idx),
         None if cache_leftpad is None else _facts("cache_leftpad", cache_leftpad),
         None if block_table is None else _facts("block_table", block_table),
-        rotary_interleaved,
-        num_splits,
         None if alibi_slopes is None else _alibi_facts(alibi_slopes),
-        0.0,
-        softmax_scale,
-        causal,
-        window_size[0],
-        window_size[1],
-        softcap,
-        False,
     )
-    _check_no_gradient("flash_attn_with_kvcache", q, k_cache, v_cache, k, v)
-    problem = _remembered(_cache, facts)
+    left, right = window_size
+    options = rotary_interleaved, num_splits, softmax_scale, causal, left, right, softcap
+    if torch.is_grad_enabled():
+        _check_no_gradient("flash_attn_with_kvcache", q, k_cache, v_cache, k, v)
+    problem = _remembered(_cache, tensors, options)
     if host_length:
         _check_length(problem, cache_seqlens, k, rotary_cos)
     return problem
 
 
-def _remembered(make: Callable[..., Problem], facts: tuple) -> Problem:
+def _remembered(make: Callable[..., Problem], tensors: tuple, options: tuple) -> Problem:
     try:
-        return make(*facts)
+        return make(tensors, *options)
     except TypeError:  # a check failed, or an argument cannot be hashed: then a check names it
         pass
-    return make.__wrapped__(*facts)
+    return make.__wrapped__(tensors, *options)
 
 
-# typed: otherwise a window of 3.0, which is an error, would be served the entry of 3.
+# typed: otherwise a window of 3.0, which is an error, would be served the entry of 3. It takes time for each
+# argument, so the facts of the tensors are one.
 @lru_cache(maxsize=1024, typed=True)
-def _dense(
-    shapes: tuple[torch.Size, torch.Size, torch.Size],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    devices: tuple[torch.device, torch.device, torch.device],
-    alibi: Facts | None,
-    *options: object,
-) -> Problem:
+def _dense(tensors: tuple, *options: object) -> Problem:
+    shapes, dtypes, devices, alibi = tensors
     for name, shape in zip("qkv", shapes, strict=True):
         _check_rank(name, shape, "batch, seqlen, heads, head_dim")
     _check_heads(*shapes)
@@ -261,19 +248,8 @@ def _dense(
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _varlen(
-    shapes: tuple[torch.Size, torch.Size, torch.Size],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    devices: tuple[torch.device, torch.device, torch.device],
-    cu_seqlens_q: Facts,
-    cu_seqlens_k: Facts | None,
-    seqused_k: Facts | None,
-    block_table: Facts | None,
-    out: Facts | None,
-    max_seqlen_q: int | None,
-    alibi: Facts | None,
-    *options: object,
-) -> Problem:
+def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object) -> Problem:
+    shapes, dtypes, devices, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, alibi = tensors
     q, k, v = shapes
     device = devices[0]
     _check_rank("q", q, "total_q, heads, head_dim")
@@ -321,23 +297,9 @@ def _varlen(
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _cache(
-    shapes: tuple[torch.Size, torch.Size, torch.Size],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    devices: tuple[torch.device, torch.device, torch.device],
-    k: Facts | None,
-    v: Facts | None,
-    rotary_cos: Facts | None,
-    rotary_sin: Facts | None,
-    cache_seqlens: Facts | str | None,
-    cache_batch_idx: Facts | None,
-    cache_leftpad: Facts | None,
-    block_table: Facts | None,
-    rotary_interleaved: bool,
-    num_splits: int,
-    alibi: Facts | None,
-    *options: object,
-) -> Problem:
+def _cache(tensors: tuple, rotary_interleaved: bool, num_splits: int, *options: object) -> Problem:
+    shapes, dtypes, devices, k, v, rotary_cos, rotary_sin, *others = tensors
+    cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi = others
     names = "q", "k_cache", "v_cache"
     dims = "batch_cache, capacity" if block_table is None else "num_blocks, page_size"
     for name, shape, first in zip(names, shapes, ("batch, seqlen_q", dims, dims), strict=True):
@@ -377,7 +339,8 @@ def _cache(
         facts, ragged=True, page_size=page_size, left_padded=cache_leftpad is not None, max_seqlen_q=q[1]
     )
     # A window decides at which positions several queries are rotated, even where it hides no key.
-    return _with_options(facts, alibi, *options, keep_window=rotary_cos is not None and q[1] > 1)
+    keep_window = rotary_cos is not None and q[1] > 1
+    return _with_options(facts, alibi, 0.0, *options, deterministic=False, keep_window=keep_window)
 
 
 def _with_options(
@@ -569,12 +532,18 @@ def _check_length(problem: Problem, length: int, k: Tensor | None, rotary_cos: T
 
 
 def _check_no_gradient(what: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise ValueError(f"{what} has no gradient, but an input requires one: call it under torch.no_grad()")
+    """Where gradients are on, ValueError if one of the tensors requires one."""
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            raise ValueError(
+                f"{what} has no gradient, but an input requires one: call it under torch.no_grad()"
+            )
 
 
 def _max_seqlen(name: str, value: int | Tensor) -> int | None:
     """The caller's number; None where it lives on a GPU: reading it would wait for the GPU."""
+    if type(value) is int and value >= 0:
+        return value
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_floating_point() or value.is_complex():
             raise TypeError(f"{name} must be an int or an integer tensor of one element")

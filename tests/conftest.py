@@ -1,6 +1,5 @@
 """For every test: uninitialised memory is NaN, and random numbers repeat."""
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -57,14 +56,6 @@ def skip_unless_it_runs(path: str, device: torch.device) -> None:
     arch = config.gpu_arch(torch.cuda.get_device_capability(device))
     if path not in config.paths(arch):
         pytest.skip(f"{path} does not run on {arch}")
-
-
-@pytest.fixture
-def gradients_path(any_path: torch.device) -> torch.device:
-    """any_path, where it has gradients of variable lengths."""
-    if os.environ["MINI_FLASH_ATTENTION_BACKEND"] == "sm80":
-        pytest.skip("the SM80 path has no gradients of variable lengths yet")
-    return any_path
 
 
 @pytest.fixture

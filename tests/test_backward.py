@@ -1,5 +1,6 @@
 """The GPU kernels' gradients: each path that runs on this GPU, over shapes made to go wrong."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -43,11 +44,6 @@ def inputs(
     return [*(x.requires_grad_() for x in tensors[:3]), tensors[3]]
 
 
-def only_hopper(path: str) -> None:
-    if path == "sm80":
-        pytest.skip("the SM80 path has gradients of dense, plain scores only")
-
-
 def check(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, ...]:
@@ -66,7 +62,7 @@ def test_lengths(path: str, head_dim: int, options: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [1, 8, 40, 59, 72, 96, 104, 160, 192, 200, 224])
+@pytest.mark.parametrize("head_dim", [2, 8, 40, 59, 72, 96, 104, 160, 192, 200, 224])
 def test_head_dims(path: str, head_dim: int, dtype: torch.dtype) -> None:
     for options in MASKS[:3]:
         check(*inputs(200, 333, 4, 2, head_dim=head_dim, dtype=dtype), **options)
@@ -87,7 +83,6 @@ def test_long(path: str, head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("options", MASKS[:3], ids=str)
 def test_score_functions(path: str, head_dim: int, options: dict) -> None:
-    only_hopper(path)
     slopes = torch.tensor([0.3, 0.05, 0.01, 0.2], device="cuda")
     for score in ({"softcap": 5.0}, {"alibi_slopes": slopes}, {"softcap": 5.0, "alibi_slopes": slopes}):
         check(*inputs(200, 333, 4, 2, head_dim=head_dim), **options, **score)
@@ -95,7 +90,7 @@ def test_score_functions(path: str, head_dim: int, options: dict) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_gradient_of_lse(path: str, head_dim: int) -> None:
-    for options in (*MASKS, {"softcap": 5.0}) if path == "sm90" else MASKS:
+    for options in (*MASKS, {"softcap": 5.0}):
         tensors = inputs(150, 77, 4, 2, head_dim=head_dim)
         hidden = 150 - 77 if options.get("causal") or "window_size" in options else 0
         dlse = torch.randn(2, 4, 150, device="cuda")
@@ -211,7 +206,6 @@ def test_torch_can_ask_for_determinism(path: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_deterministic_with_variable_lengths(path: str) -> None:
-    only_hopper(path)
     q, k, v, dout = (x[0].detach() for x in inputs(1000, 1000, 6, 2, head_dim=128, batch=1))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     cu = torch.tensor([0, 10, 10, 600, 1000], dtype=torch.int32, device="cuda")
@@ -257,32 +251,44 @@ def test_gradients_in_a_graph(path: str) -> None:
     assert all(map(torch.equal, captured, expected))
 
 
-@pytest.mark.parametrize("argument", ["dropout_p", "softcap", "alibi_slopes", "cu_seqlens_q"])
-def test_what_the_sm80_path_lacks_is_named(path: str, argument: str) -> None:
-    if path == "sm90":
-        pytest.skip("the SM90 path has all of it")
-    q, k, v, dout = inputs(64, 64)
-    options = {"dropout_p": 0.1, "softcap": 5.0, "alibi_slopes": torch.ones(2, device="cuda")}
-    with pytest.raises(NotImplementedError, match=argument):
-        if argument == "cu_seqlens_q":
-            cu = torch.tensor([0, 64], dtype=torch.int32, device="cuda")
-            flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 64, 64).backward(dout[0])
-        else:
-            flash_attn_func(q, k, v, **{argument: options[argument]}).backward(dout)
-
-
 @pytest.mark.parametrize("options", MASKS[:3], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_dropout(path: str, head_dim: int, options: dict) -> None:
-    only_hopper(path)
     q, k, v, dout = inputs(200, 333, 4, 2, head_dim=head_dim)
     torch.manual_seed(7)
     out = flash_attn_func(q, k, v, dropout_p=0.2, **options)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
-    torch.manual_seed(7)
-    seed = torch.randint(2**63 - 1, ()).item()
-    heads = torch.arange(2 * 4, device="cuda").view(2, 4, 1)
-    rows = torch.arange(200, device="cuda").view(1, 1, -1)
-    kept = keep_mask(seed, 0.2, heads, rows, range(333))
-    dropped = {"dropout_mask": kept, "dropout_p": 0.2}
+    dropped = dropped_after_seed(7, range(2), 4, 200, 333)
     check_gradients(gradients, dout, None, q, k, v, **reference_options(options), **dropped)
+
+
+def dropped_after_seed(seed: int, batches: range, heads: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
+    """Options of reference.attention: what dropout_p=0.2 does in the first call after manual_seed(seed)."""
+    torch.manual_seed(seed)
+    drawn = torch.randint(2**63 - 1, ()).item()
+    numbers = torch.arange(batches.start * heads, batches.stop * heads, device="cuda")
+    rows = torch.arange(seqlen_q, device="cuda").view(1, 1, -1)
+    kept = keep_mask(drawn, 0.2, numbers.view(len(batches), heads, 1), rows, range(seqlen_k))
+    return {"dropout_mask": kept, "dropout_p": 0.2}
+
+
+def test_dropout_with_all_else(path: str) -> None:
+    """With both score functions, variable lengths and a fixed order of additions."""
+    q, k, v, dout = (x[0].detach() for x in inputs(500, 500, 4, 2, batch=1))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    cu = torch.tensor([0, 100, 100, 333, 500], dtype=torch.int32, device="cuda")
+    slopes = torch.rand(4, 4, device="cuda") * 0.3
+    options = {"softcap": 5.0, "alibi_slopes": slopes, "window_size": (70, 20)}
+
+    def gradients() -> tuple[Tensor, ...]:
+        torch.manual_seed(7)
+        out = flash_attn_varlen_func(q, k, v, cu, cu, 233, 233, 0.2, deterministic=True, **options)
+        return torch.autograd.grad(out, (q, k, v), dout)
+
+    first = gradients()
+    assert all(map(torch.equal, first, gradients()))
+    for b, (start, end) in enumerate(pairwise(cu.tolist())):
+        tensors = (x[None, start:end] for x in (dout, q, k, v))
+        dropped = dropped_after_seed(7, range(b, b + 1), 4, end - start, end - start)
+        its_own = tuple(x[None, start:end] for x in first)
+        check_gradients(its_own, next(tensors), None, *tensors, **reference_options(options, b), **dropped)

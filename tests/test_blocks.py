@@ -13,6 +13,7 @@ from mini_flash_attention.kernels.blocks import (
     unmasked_blocks,
     unmasked_queries,
     walk,
+    walk_of_part,
 )
 
 LIMITS = (None, 0, 1, 3, 9)
@@ -65,6 +66,48 @@ def check_walk(ends: tuple[int, int, int, int], visited: list[int], free: list[i
     assert set(free_part) == set(free) - {start}
     if start < free_end:
         assert start in free
+
+
+@pytest.mark.parametrize(
+    "rows,parts,tile_n", [(1, 2, 1), (2, 2, 1), (2, 2, 3), (2, 3, 2), (3, 2, 2), (1, 3, 2)]
+)
+def test_parts_of_a_query_block_start_later(rows: int, parts: int, tile_n: int) -> None:
+    """A part misses no visible key and masks each block that needs it; it may start later than the whole."""
+    tile_m, later = rows * parts, 0
+    for seqlen_q, seqlen_k in itertools.product(range(1, 9), range(9)):
+        for left, right, most in itertools.product(LIMITS, LIMITS, (0, 1, 2)):
+            sizes = (seqlen_q, seqlen_k, left, right)
+            for m in range(-(-seqlen_q // tile_m)):
+                whole_start, _, _, whole_first = walk(m, tile_m, tile_n, *sizes)
+                for part in range(parts):
+                    start, free_end, free_first, first = walk_of_part(
+                        m, parts, part, most, tile_m, tile_n, *sizes
+                    )
+                    assert first == whole_first and min(first, whole_start) <= start <= whole_start
+                    assert start >= whole_start - most
+                    later += start < whole_start
+                    queries = range(m * tile_m + part * rows, m * tile_m + (part + 1) * rows)
+                    for n in range(first, whole_start + 1):
+                        keys = range(n * tile_n, (n + 1) * tile_n)
+                        seen = [j < seqlen_k and visible(i, j, *sizes) for i in queries for j in keys]
+                        if n > start:
+                            assert not any(seen)
+                        if free_first <= n < free_end:
+                            assert all(seen)
+                    if left is None:  # else start is always masked
+                        assert not any(
+                            whole(queries, n, tile_n, *sizes)
+                            for n in (*range(free_end, start + 1), *range(first, free_first))
+                        )
+    assert later > 0
+
+
+def whole(
+    queries: range, n: int, tile_n: int, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None
+) -> bool:
+    keys = range(n * tile_n, (n + 1) * tile_n)
+    sizes = seqlen_q, seqlen_k, left, right
+    return keys.stop <= seqlen_k and all(visible(i, j, *sizes) for i in queries for j in keys)
 
 
 def test_swaths_visit_each_block_once() -> None:

@@ -33,9 +33,8 @@ def features(arch: str) -> Iterator[KernelConfig]:
             yield config.forward(*call, ragged=True, page=page)
             yield config.forward(*call, dropout=True)
             yield config.backward(*call, deterministic=True)
-            if path == "sm90":
-                yield config.backward(*call, ragged=True, score="softcap_alibi")
-                yield config.backward(*call, ragged=True, dropout=True)
+            yield config.backward(*call, deterministic=path == "sm80", ragged=True, score="softcap_alibi")
+            yield config.backward(*call, ragged=True, dropout=True)
     for head_dim in config.HEAD_DIMS:
         for rows in (16, 64):
             yield config.decode(arch, "float16", head_dim, rows, "softcap_alibi", page=1)
@@ -83,7 +82,7 @@ def test_every_kernel_compiles_without_a_stack(row: KernelConfig, all_compiled: 
 
 @pytest.mark.parametrize("arch", config.SHARED_MEMORY)
 def test_backward_tiles_fit_the_shared_memory(arch: str) -> None:
-    for row in config.backward_configs(arch):
+    for row in (*config.backward_configs(arch), *(row for row in features(arch) if "bwd" in row.kernel)):
         barriers = 512 if row.kernel == "bwd_sm90" else 0  # bytes, more than enough
         assert row.shared_memory + barriers <= config.SHARED_MEMORY[arch]
 
@@ -97,9 +96,18 @@ def test_dq_tiles_are_read_as_they_are_written(head_dim: int) -> None:
     assert sorted(chunks) == list(range(0, row.tile_m * head_dim, 8))
     rows, cols = row.dq_piece
     assert [bwd_convert.offset(row, r, cols // 8 - 1) // (rows * cols) for r in range(rows)] == [0] * rows
-    for r in range(0, rows, 4):  # one 32-byte chunk of each of four rows: 128 bytes, all banks
-        banks = {bwd_convert.offset(row, r + i, 0) % 32 for i in range(4)}
-        assert len(banks) == 4
+    step = 2 if row.dq_transposed else 1
+    for r in range(0, rows, 4 * step):  # a warp stores one 32-byte chunk of four rows: 128 bytes, all banks
+        for first in range(r, r + step):
+            banks = {bwd_convert.offset(row, first + step * i, 0) % 32 for i in range(4)}
+            assert len(banks) == 4
+
+
+def test_dense_batches_are_persistent_where_any_order_will_do() -> None:
+    call = "sm_90a", "bfloat16", 64, "causal"
+    assert config.backward_sm90(*call, deterministic=False).persistent
+    assert not config.backward_sm90(*call, deterministic=True).persistent  # turns follow the order of starts
+    assert not config.backward_sm90(*call, deterministic=False, ragged=True).persistent
 
 
 @pytest.mark.parametrize("arch", ARCHS)

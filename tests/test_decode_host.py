@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from mini_flash_attention import (
     dispatch,
     flash_attn_with_kvcache,
     kvcache,
+    plans,
+    workspace,
 )
 from mini_flash_attention.kernels.splits import split_blocks, visible_blocks
 from mini_flash_attention.problem import MAX_SPLITS, CacheUpdate, Layout, Problem
@@ -198,7 +201,7 @@ class Kernels:
         assert scale > 0 and dispatch.ready(q, k, v, out) and lse.is_contiguous()
         if num_splits > 1:
             assert workspace.is_contiguous()
-            assert workspace.numel() == num_splits * lse.numel() * (q.shape[3] + 1)
+            assert workspace.numel() >= num_splits * lse.numel() * (q.shape[3] + 1)
         window = {"window_left": left, "window_right": right}
         options = {"softmax_scale": scale, "softcap": softcap or 0.0, "alibi": slopes is not None}
         problem, layout = self.problem(q, k, ragged, **window, **options)
@@ -245,8 +248,18 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(dispatch, "unused_counter", lambda device: torch.empty(2, dtype=torch.int32))
-    for module, name in ((decode, "plan"), (kvcache, "attention_plan"), (kvcache, "append_plan")):
+    monkeypatch.setattr(dispatch, "argument", lambda tensor: tensor)
+    monkeypatch.setattr(plans, "argument", lambda tensor: tensor)
+    monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))
+    for module, name in (
+        (dispatch, "not_given"),
+        (decode, "plan"),
+        (kvcache, "attention_plan"),
+        (kvcache, "append_plan"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     return kernels
 
@@ -358,6 +371,47 @@ def test_a_length_on_the_host_makes_no_tensor(kernels: Kernels, monkeypatch: pyt
     k = torch.randn(3, 48, 2, 64, dtype=torch.float16)
     monkeypatch.setattr(kernels, "decode", lambda *_: None)
     flash_attn_with_kvcache(q, k, k.clone(), cache_seqlens=13)
+
+
+def test_an_lse_that_nobody_wants_is_not_allocated(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(3, 1, 4, 64, dtype=torch.float16)
+    k = torch.randn(3, 48, 2, 64, dtype=torch.float16)
+    lengths = torch.tensor([7, 0, 40], dtype=torch.int32)
+    allocated = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x: allocated.append(x.shape) or empty_like(x))
+    for options, shapes in (
+        ({}, [q.shape]),
+        ({"return_softmax_lse": True}, [q.shape, (3, 4, 1)]),
+        ({"num_splits": 3}, [q.shape]),
+    ):
+        allocated.clear()
+        flash_attn_with_kvcache(q, k, k, cache_seqlens=lengths, **options)
+        assert allocated == shapes
+    assert plans.unread((1, 1, plans.UNREAD + 1), 0) is None
+
+
+def test_a_workspace_is_for_one_thread_and_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"capturing": False, "stream": 1}
+    for name, made in (
+        ("_cuda_isCurrentStreamCapturing", lambda: state["capturing"]),
+        ("_cuda_getCurrentRawStream", lambda device: state["stream"]),
+    ):
+        monkeypatch.setattr(torch._C, name, made, raising=False)
+
+    def get(elements: int = 100, device: int = 0, **changes: Any) -> Tensor:
+        state.update(capturing=False, stream=1)
+        state.update(changes)
+        return workspace.workspace(torch.empty(1).expand(elements), device)
+
+    first = get()
+    assert get() is get(workspace.KEPT) is first
+    others = [get(stream=2), get(device=1), get(capturing=True), get(workspace.KEPT + 1)]
+    thread = threading.Thread(target=lambda: others.append(get()))
+    thread.start()
+    thread.join()
+    assert len({x.data_ptr() for x in (first, *others)}) == 6
+    assert all(x.is_contiguous() for x in others) and others[3].numel() == workspace.KEPT + 1
 
 
 def test_many_queries_take_the_forward_kernels(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from mini_flash_attention import (
     dispatch,
     flash_attn_func,
     flash_attn_varlen_func,
+    plans,
     reference,
 )
 from mini_flash_attention.problem import Problem
@@ -95,6 +96,14 @@ def problem(seqlen: int, heads: int, head_dim: int) -> Problem:
     return Problem(torch.bfloat16, CUDA, 1, seqlen, seqlen, heads, heads, head_dim, 1.0)
 
 
+def test_tiles_of_a_head_fill_clusters() -> None:
+    row = config.forward("sm90", "sm_90a", "bfloat16", 256, "full")
+    chosen = {seqlen: row.at(seqlen) for seqlen in (1, 128, 256, 513, 768, 1024, 1152, 4096, 4097, 8192)}
+    assert all(-(-seqlen // tiles.tile_m) % tiles.cluster == 0 for seqlen, tiles in chosen.items())
+    assert {seqlen for seqlen, tiles in chosen.items() if tiles.cluster == 2} == {768, 1024, 4096, 8192}
+    assert {chosen[seqlen].tile_n for seqlen in (4096, 8192)} == {64, 80}
+
+
 def test_swaths_are_of_nearly_one_size() -> None:
     row = config.forward("sm90", "sm_90a", "bfloat16", 128, "causal")
     for seqlen in (1, 100, 512, 4096, 65536):
@@ -139,7 +148,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(dispatch, "tile_counter", lambda device: "a counter")
     monkeypatch.setattr(dispatch, "unused_counter", lambda device: NO_COUNTER)
-    monkeypatch.setattr(dispatch, "forward_plan", dispatch.forward_plan.__wrapped__)
+    monkeypatch.setattr(dispatch, "argument", lambda tensor: tensor)
+    monkeypatch.setattr(plans, "argument", lambda tensor: tensor)
+    monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))
+    for name in ("not_given", "forward_plan"):
+        monkeypatch.setattr(dispatch, name, getattr(dispatch, name).__wrapped__)
     return kernel
 
 
@@ -274,11 +287,11 @@ def test_gradients_of_packed_tensors(kernel: Kernel, monkeypatch: pytest.MonkeyP
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     row = rows[1]
     assert (row.score, row.ragged, row.deterministic) == ("softcap_alibi", True, True)
-    *tensors, (scale, softcap, given_slopes), has_dlse, _, _, ragged, dropout, turns = seen[1]
+    *tensors, (scale, softcap, given_slopes), has_dlse, _, _, ragged, dropout, turns, num_sms = seen[1]
     q4, k4, _, out4, dout4, lse, _, stats, dq_acc, dq4, dk4, _ = tensors
     assert q4.shape == out4.shape == dout4.shape == dq4.shape == (1, 150, 4, 64)
     assert k4.shape == dk4.shape == (1, 50, 2, 64) and lse.shape == (1, 4, 150)
     numbers = (1, 4, 150 // row.tile_m + 2 + 2)
     assert stats.shape[:3] == dq_acc.shape[:3] == turns.shape == numbers
-    assert (scale, softcap, has_dlse, dropout) == (0.5, 3.0, 0, None)
+    assert (scale, softcap, has_dlse, dropout, num_sms) == (0.5, 3.0, 0, None, 4)
     assert given_slopes.shape == (2, 4) and ragged[0] is cu_q and ragged[-2:] == (2, 20)

@@ -97,8 +97,15 @@ def test_groups(path: str, heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("seqlen", [2048, 2049, 4224])
 def test_long(path: str, seqlen: int) -> None:
-    for head_dim, options in itertools.product((64, 96, 128), (FULL, CAUSAL)):
+    for head_dim, options in itertools.product((64, 96, 128, 192, 256), (FULL, CAUSAL)):
         check(*inputs(seqlen, seqlen, head_dim=head_dim, batch=1), **options)
+
+
+@pytest.mark.parametrize("lengths", [(640, 640), (768, 1000), (2048, 77), (2048, 2100), (4352, 900)], ids=str)
+def test_lengths_of_clusters(path: str, lengths: tuple[int, int]) -> None:
+    """On Hopper pairs of thread blocks load keys together, where a head has an even number of tiles."""
+    for heads in ((1, 1), (6, 2), (24, 8)):  # the last: more tiles than thread blocks
+        check(*inputs(*lengths, *heads, head_dim=256, batch=1))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 0.0, -0.5, 3])

@@ -1,6 +1,7 @@
 """flash_attn_with_kvcache on each path: attention against the oracle, and what becomes of the cache."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from error_rule import check_forward, reference_options
 from torch import Tensor
 
-from mini_flash_attention import compile, cpu_cache, flash_attn_with_kvcache, kvcache
+from mini_flash_attention import compile, cpu_cache, dispatch, flash_attn_with_kvcache, kvcache
 from mini_flash_attention.problem import CacheUpdate, Layout
 from mini_flash_attention.problem import cache as problem_of_cache
 
@@ -438,11 +439,13 @@ def test_what_has_no_place_is_not_written(any_path: torch.device, paged: bool) -
         *(q, cache.k, cache.v, new_k, new_v, None, None, lengths, batch_idx, None, cache.block_table),
         *(None, False, (-1, -1), 0.0, True, None, 0),
     )
-    append = cpu_cache.append if device.type == "cpu" else kvcache.append
-    layout = Layout(batch_idx=batch_idx, block_table=cache.block_table)
-    if device.type != "cpu":
-        layout = layout._replace(seqused_k=lengths)  # as kvcache.forward does
-    append(problem, q, cache.k, cache.v, lengths, layout, CacheUpdate(new_k, new_v))
+    layout = Layout(seqused_k=lengths, batch_idx=batch_idx, block_table=cache.block_table)
+    update = CacheUpdate(new_k, new_v)
+    if device.type == "cpu":
+        cpu_cache.append(problem, q, cache.k, cache.v, lengths, layout, update)
+    else:
+        ragged = dispatch.ragged_arguments(problem, layout, keys=0, added=5)
+        kvcache.append(problem, q, cache.k, cache.v, ragged, update)
     places = [(3, 30, 0, 0), (3, 31, 0, 1), (0, 14, 1, 0), (0, 15, 1, 1)]  # row, token, sequence, new token
     places += [(1, 0, 2, 2), (1, 1, 2, 3), (1, 2, 2, 4)]
     places += [] if paged else [(0, 16, 1, 2), (0, 17, 1, 3), (0, 18, 1, 4)]
@@ -565,6 +568,23 @@ def test_graph_replays_read_the_lengths_anew(
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse), step
         for pool, other in ((held.k, alone.k), (held.v, alone.v)):  # as bits: unused pages are NaN
             assert torch.equal(pool.view(torch.int16), other.view(torch.int16)), step
+
+
+def test_threads_and_streams_do_not_disturb_each_other(gpu: torch.device) -> None:
+    """The results of splits lie in memory that is kept from call to call."""
+    k, v = torch.randn(2, 2, 4096, 2, 128, device=gpu, dtype=torch.float16)
+    queries = [torch.randn(2, 1, 8, 128, device=gpu, dtype=torch.float16) for _ in range(4)]
+    expected = [flash_attn_with_kvcache(q, k, v, num_splits=16) for q in queries]
+    streams = 2 * [torch.cuda.current_stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+
+    def repeat(q: Tensor, expected: Tensor, stream: torch.cuda.Stream) -> bool:
+        with torch.cuda.stream(stream):
+            outs = [flash_attn_with_kvcache(q, k, v, num_splits=16) for _ in range(200)]
+            return all(torch.equal(out, expected) for out in outs)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeat, queries, expected, streams))
 
 
 def test_no_synchronisation_and_one_kernel_for_all_lengths(

@@ -322,9 +322,9 @@ def backward(batch: Batch, **options: Any) -> tuple[Tensor, Tensor, tuple[Tensor
 
 @pytest.mark.parametrize("options", [OPTIONS[i] for i in (0, 1, 2, 6, 9)], ids=str)
 @pytest.mark.parametrize("lengths", BATCHES, ids=["zeros", "borders", "primes"])
-def test_gradients(gradients_path: torch.device, lengths: list, options: dict) -> None:
-    batch = batch_of(lengths, gradients_path, 4, 2, dtype=torch.bfloat16)
-    options = slopes_for(options, len(lengths), 4, gradients_path)
+def test_gradients(any_path: torch.device, lengths: list, options: dict) -> None:
+    batch = batch_of(lengths, any_path, 4, 2, dtype=torch.bfloat16)
+    options = slopes_for(options, len(lengths), 4, any_path)
     dout, dlse, (dq, dk, dv) = backward(batch, **options)
     for b, (rows, keys) in enumerate(batch.sequences()):
         gradients = tuple(x.unsqueeze(0) for x in (dq[rows], dk[keys], dv[keys]))
@@ -334,20 +334,20 @@ def test_gradients(gradients_path: torch.device, lengths: list, options: dict) -
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "a row a sequence"])
-def test_gradients_are_zero_where_nothing_is_used(gradients_path: torch.device, packed: bool) -> None:
+def test_gradients_are_zero_where_nothing_is_used(any_path: torch.device, packed: bool) -> None:
     """Behind seqused_k, where garbage lies, and in rows of q that belong to no sequence."""
-    batch = batch_of([(20, 30), (7, 0), (40, 25)], gradients_path, 4, 2)
+    batch = batch_of([(20, 30), (7, 0), (40, 25)], any_path, 4, 2)
     dout, _, expected = backward(batch, causal=True)
     room, extra = 45, 6
-    k, v = (torch.full((3, room, 2, 64), NAN, device=gradients_path, dtype=x.dtype) for x in batch[1:3])
+    k, v = (torch.full((3, room, 2, 64), NAN, device=any_path, dtype=x.dtype) for x in batch[1:3])
     for b, (_, keys) in enumerate(batch.sequences()):
         k[b, : batch.seqlens_k[b]], v[b, : batch.seqlens_k[b]] = batch.k[keys], batch.v[keys]
     q = torch.cat((batch.q, torch.full_like(batch.q[:extra], NAN)))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     keys = (x.flatten(0, 1) for x in leaves[1:]) if packed else leaves[1:]
-    cu_seqlens_k = cumulative([room] * 3, gradients_path) if packed else None
+    cu_seqlens_k = cumulative([room] * 3, any_path) if packed else None
     cu_seqlens_q, _, *longest = batch.lengths
-    used = int32(batch.seqlens_k, gradients_path)
+    used = int32(batch.seqlens_k, any_path)
     lengths = cu_seqlens_q, cu_seqlens_k, *longest
     out, lse, _ = flash_attn_varlen_func(
         q, *keys, *lengths, causal=True, seqused_k=used, return_attn_probs=True

@@ -74,6 +74,18 @@ def walk(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right)
     return start, free_end, free_first, first
 
 
+def walk_of_part(m_block, parts, part, most, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
+    """walk of one of the equal parts of query block m_block, as (start, free_end, free_first, first).
+
+    It may start up to `most` key blocks later than the whole one; first is the whole one's.
+    """
+    rest = tile_n, seqlen_q, seqlen_k, window_left, window_right
+    block_start, _, _, first = walk(m_block, tile_m, *rest)
+    start, free_end, free_first, _ = walk(m_block * parts + part, tile_m // parts, *rest)
+    start = larger(start, larger(block_start - most, smaller(block_start, first)))
+    return start, free_end, free_first, first
+
+
 def unmasked_queries(n_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
     """The query blocks whose rows all see key block n_block whole; rows from seqlen_q on count as well."""
     key = n_block * tile_n  # its first

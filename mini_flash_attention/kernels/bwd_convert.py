@@ -15,13 +15,14 @@ def offset(config, row, chunk):
     """Where a tile of dq_acc keeps columns 8 * chunk to 8 * chunk + 7 of a row; also on plain integers.
 
     The tile is stored piece by piece, each as rows and columns. Swizzled, the chunks of a row are exchanged
-    such that four neighbouring rows have the same chunk in different banks of shared memory.
+    such that the threads of a warp, which store one chunk of neighbouring rows at a time, do so in different
+    banks of shared memory: of four rows, or where they hold dQ transposed, of every other of eight.
     """
     rows, chunks = config.dq_piece[0], config.dq_piece[1] // 8
     piece = row // rows + chunk // chunks  # pieces divide the rows or the columns, not both
     chunk = chunk % chunks
     if config.dq_swizzled:
-        chunk = chunk ^ (row % 4)
+        chunk = chunk ^ (row // 2 % 4 if config.dq_transposed else row % 4)
     return 8 * ((piece * rows + row % rows) * chunks + chunk)
 
 

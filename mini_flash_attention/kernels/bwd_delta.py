@@ -2,7 +2,7 @@
 
   stats (B, Hq, m_blocks, 2, tile_m) float32    -LSE in the units of P's exponent (seed_factor), then -delta
   dq_acc (B, Hq, m_blocks, tile_m * d) float32  zeros
-  turns (B, Hq, m_blocks) int32                 zeros, if config.deterministic
+  turns (B, Hq, m_blocks) int32                 zeros; (1, 1, 1) unless config.deterministic
 
 delta = rowsum(dO * O) - dLSE: dS = P * (dP - delta) is the softmax's gradient, with that of its LSE, whose
 derivative is P too. A row without keys, and one beyond the last, gets (-inf, 0), so that its P is 0.
@@ -45,6 +45,8 @@ def kernel(
     if const_expr(config.deterministic):
         if tidx == 0:
             mTurns[batch, head, m_block] = Int32(0)
+    elif block + tidx == 0:
+        mTurns[0, 0, 0] = Int32(0)
 
     zeros = cute.make_rmem_tensor(4, Float32)
     zeros.fill(0.0)

@@ -178,6 +178,48 @@ def in_order(config: cutlass.Constexpr, tile: Int32, n_blocks: Int32, heads: Int
     return n_block, head
 
 
+class Order(NamedTuple):
+    """The numbers of in_order for a dense batch, from the host: so a kernel need not divide (100 clocks)."""
+
+    n_blocks: cute.FastDivmodDivisorV2  # key blocks of a head
+    heads_kv: cute.FastDivmodDivisorV2
+    swath_blocks: cute.FastDivmodDivisorV2  # key blocks of a swath
+    swath: cute.FastDivmodDivisorV2  # heads of a swath
+    last_swath: cute.FastDivmodDivisorV2  # it may be narrower
+
+
+@cute.jit
+def find_order(config: cutlass.Constexpr, sizes: Sizes, swath: Int32) -> Order:
+    n_blocks, heads_kv = cute.ceil_div(sizes.seqlen_k, config.tile_n), sizes.heads // sizes.group
+    rest = heads_kv * sizes.batch % swath
+    numbers = n_blocks, heads_kv, swath * n_blocks, swath, swath if rest == 0 else rest
+    return Order(*(cute.fast_divmod_create_divisor_v2(x) for x in numbers))
+
+
+@cute.jit
+def find_block_quickly(config: cutlass.Constexpr, sizes: Sizes, order: Order, tile: Int32) -> Block:
+    """find_block for a thread block of this number, of a dense batch."""
+    n_block, head_batch = in_order_quickly(config, sizes, order, tile)
+    lengths = config.tile_m, config.tile_n, sizes.seqlen_q, sizes.seqlen_k
+    first, last = query_blocks(n_block, *lengths, *sizes.window(config.mask))
+    return uniform(Block(n_block, head_batch % order.heads_kv, head_batch // order.heads_kv, first, last))
+
+
+@cute.jit
+def in_order_quickly(config: cutlass.Constexpr, sizes: Sizes, order: Order, tile: Int32):
+    n_block, head = tile % order.n_blocks, tile // order.n_blocks
+    if const_expr(config.mask == "causal"):  # blocks.in_swaths
+        s, rest = tile // order.swath_blocks, tile % order.swath_blocks
+        swath, heads = Int32(order.swath.divisor), Int32(order.heads_kv.divisor) * sizes.batch
+        n_block, head = rest // order.swath, rest % order.swath
+        if (s + 1) * swath > heads:
+            n_block, head = rest // order.last_swath, rest % order.last_swath
+        head += s * swath
+    if const_expr(config.deterministic):
+        n_block = Int32(order.n_blocks.divisor) - 1 - n_block
+    return n_block, head
+
+
 @cute.jit
 def find_sequence(config: cutlass.Constexpr, sizes: Sizes, ragged: Ragged, tile: Int32):
     """(number, sequence, tile among those of the sequence) of a thread block of a ragged batch."""

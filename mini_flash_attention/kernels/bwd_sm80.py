@@ -4,14 +4,16 @@ q, o, do, dq (B, Sq, Hq, D), k, v, dk, dv (B, Sk, Hkv, D), float16 or bfloat16, 
 one; lse, dlse (B, Hq, Sq) float32. Three kernels: bwd_delta (statistics of the rows, dq_acc = 0), `kernel`,
 `convert_dQ` (dq = scale * dq_acc).
 
+Ragged batches lie in the same shapes: packed sequences follow each other in a batch of one.
 A thread block of `kernel` owns tile_n keys of one key head. It walks the query blocks that see them, for
 each query head of the group. Two warps, a pair, work on the same 16 or 32 keys, each with one accumulator:
 
     side 0    Sᵀ = K·Qᵀ      Pᵀ = exp(scale * Sᵀ - LSE)     dV += Pᵀ·dO
     side 1    dPᵀ = V·dOᵀ    dSᵀ = Pᵀ * (dPᵀ - delta)       dK += dSᵀ·Q
 
-Tiles with keys as rows make Pᵀ and dSᵀ the A operands of the next product where they lie, in registers. The
-sides run the same instructions on other operands; then all warps together add dS·K to dq_acc.
+With a softcap or dropout side 0 hands over what dS takes in the place of P. Tiles with keys as rows make Pᵀ
+and dSᵀ the A operands of the next product where they lie, in registers. The sides run the same instructions
+on other operands; then all warps together add dS·K to dq_acc.
 """
 
 from typing import NamedTuple
@@ -28,24 +30,31 @@ from mini_flash_attention.kernels import arguments, bwd_delta
 from mini_flash_attention.kernels.blocks import unmasked_queries
 from mini_flash_attention.kernels.bwd_schedule import (
     Block,
+    Sequence,
     find_block,
     find_swath,
     num_blocks,
+    query_block,
     turn,
     uniform,
 )
+from mini_flash_attention.kernels.bwd_scores import copy_marks, exponentials, finish_dS
+from mini_flash_attention.kernels.dropout import Dropout, keep, mark_transposed
 from mini_flash_attention.kernels.fragments import (
     as_operand_A,
     convert,
     quad_transpose,
     rows_cols,
+    slice_of,
     store_rows,
+    store_sequence,
 )
-from mini_flash_attention.kernels.scores import Score, scale_log2
-from mini_flash_attention.kernels.seqlen import Ragged, Sizes, sizes_of
+from mini_flash_attention.kernels.scores import LOG2_E, Score, in_log2, transform
+from mini_flash_attention.kernels.seqlen import Keys, Queries, Ragged, Sizes, sizes_of
 from mini_flash_attention.kernels.sm80 import (
     Operand,
     add_to_global,
+    destination,
     fetch,
     gemm,
     load_tile,
@@ -59,20 +68,39 @@ from mini_flash_attention.kernels.sm80 import (
 )
 
 K, V = Q, DO = 0, 1  # which of two tiles in shared memory; side 0 multiplies K and Q, side 1 V and dO
+ZEROS = 4  # where smem.stats has them
 
 
 class Smem(NamedTuple):
     KV: cute.Tensor  # (tile_n, d, 2)
     QdO: cute.Tensor  # (tile_m, d, 4): Q, dO of the first slot, Q, dO of the second
-    dS: cute.Tensor  # (tile_n, tile_m, 2): a slot's Pᵀ, which dSᵀ then overwrites
-    stats: cute.Tensor  # (tile_m, 4) float32: -LSE / scale, -delta of the first slot, of the second
-    block: cute.Tensor  # (5) int32
+    dS: cute.Tensor  # (tile_n, tile_m, 2): a slot's Pᵀ (or the factor Fᵀ), which dSᵀ then overwrites
+    stats: cute.Tensor  # (tile_m, config.stats) float32: -LSE / scale, -delta of a slot, of the other; zeros
+    block: cute.Tensor  # (config.block_numbers) int32
+
+    @cute.jit
+    def keep_block(self, block: Block):
+        numbers, x = block[:5], block.sequence
+        if const_expr(x is not None):
+            numbers = *numbers, *x.q, x.first_block, *x.k, x.room
+        for i in cutlass.range_constexpr(len(numbers)):
+            self.block[i] = numbers[i]
 
     @cute.jit
     def find_block(self) -> Block:
         """What the thread block works on, asked for anew: the products leave no registers for it."""
-        x = self.block
-        return Block(x[0], x[1], x[2], x[3], x[4])
+        x, sequence = self.block, None
+        if const_expr(cute.size(x) > 5):  # a ragged batch
+            sequence = Sequence(Queries(x[5], x[6], x[7]), x[8], Keys(x[9], x[10], x[11]), x[12])
+        return Block(x[0], x[1], x[2], x[3], x[4], sequence)
+
+    @cute.jit
+    def find_sizes(self, sizes: Sizes) -> Sizes:
+        """Those of the sequence, asked for anew as well."""
+        block = self.find_block()
+        if const_expr(block.sequence is None):
+            return sizes.of(opaque(sizes.seqlen_q), opaque(sizes.seqlen_k))
+        return block.sizes(sizes)
 
 
 class Loader(NamedTuple):
@@ -98,7 +126,8 @@ class Work(NamedTuple):
     P: cute.Tensor  # ((2, 2, 2), tile_n / (8 * warps), tile_m / 16): Pᵀ or dSᵀ, 16 bits
     mdQacc: cute.Tensor  # (b, h, m_blocks, tile_m * d)
     mTurns: cute.Tensor  # (b, h, m_blocks)
-    scale_log2: Float32
+    score: Score  # in_log2
+    dropout: Dropout | None
     tidx: Int32
 
     def in_side(self, config) -> Int32:
@@ -118,15 +147,20 @@ def transposed(x: cute.Tensor) -> cute.Tensor:
 @cute.jit
 def load_queries(config: cutlass.Constexpr, x: Loader, head: Int32, m_block: Int32, slot: Int32):
     """Start copying a block of Q and of dO and their statistics; rows beyond the last are zeros."""
-    tile, batch = (config.tile_m, config.head_dim), x.smem.find_block().batch
+    tile, block = (config.tile_m, config.head_dim), x.smem.find_block()
+    batch, start = block.q_rows
     for i, mX in ((Q, x.mQ), (DO, x.mdO)):
-        gX = cute.local_tile(mX[batch, None, opaque(head), None], tile, (m_block, 0))
-        rows = mX.shape[1] - m_block * config.tile_m
+        gX, seqlen_q = mX[batch, None, opaque(head), None], mX.shape[1]
+        if const_expr(config.ragged):
+            gX, seqlen_q = cute.domain_offset((start, 0), gX), block.sequence.q.seqlen
+        gX = cute.local_tile(gX, tile, (m_block, 0))
+        rows = seqlen_q - m_block * config.tile_m
         load_tile(x.copy, gX, x.smem.QdO[None, None, 2 * slot + i], rows, mX.shape[3], x.tidx)
+    batch, number = block.place(m_block)
     tidx = opaque(x.tidx)
     if tidx < 2 * config.tile_m // 4:
         flat = cute.make_layout(2 * config.tile_m)
-        gStats = cute.make_tensor(x.mStats[batch, head, m_block, None, None].iterator, flat)
+        gStats = cute.make_tensor(x.mStats[batch, head, number, None, None].iterator, flat)
         sStats = cute.make_tensor(x.smem.stats[None, 2 * slot].iterator, flat)
         atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=128)
         cute.copy(atom, cute.local_tile(gStats, (4,), (tidx,)), cute.local_tile(sStats, (4,), (tidx,)))
@@ -139,16 +173,31 @@ def arrive(groups: cutlass.Constexpr):
     cute.arch.barrier()
 
 
+def columns(sStat: cute.Tensor, lane: Int32, first: int, count: int) -> cute.Tensor:
+    """A statistic of a thread's columns, among `count` of the tile from `first` on: (2, count / 8)."""
+    layout = cute.make_layout((2, count // 8), stride=(1, 8))
+    return cute.make_tensor(sStat.iterator + first + 2 * (lane % 4), layout)
+
+
 @cute.jit
-def seed(acc: cute.Tensor, sStat: cute.Tensor, lane: Int32):
-    """acc <- the statistic of each query, (tile_m): the product then comes out less it."""
-    columns = cute.make_layout((2, cute.size(sStat) // 8), stride=(1, 8))
-    values = cute.make_rmem_tensor(columns.shape, Float32)
-    cute.autovec_copy(cute.make_tensor(sStat.iterator + 2 * (lane % 4), columns), values)
-    view = rows_cols(acc)
-    for r in cutlass.range_constexpr(cute.size(view, mode=[0])):
-        for c in cutlass.range_constexpr(cute.size(view, mode=[1])):
-            view[r, c] = values[c]
+def seed(config: cutlass.Constexpr, w: Work, at: Int32):
+    """acc_S <- the statistic of each query, so that S or dP comes out less it; 0 if that is too early.
+
+    A score function comes before S - LSE, dropout before dP - delta.
+    """
+    too_early = config.score != "plain", config.dropout  # for S, for dP
+    if const_expr(all(too_early)):
+        w.acc_S.fill(0.0)
+    else:
+        if const_expr(any(too_early)):
+            at = Int32(ZEROS) if (at & 1) == too_early.index(True) else at
+        stat = columns(w.smem.stats[None, at], opaque(w.tidx) % 32, 0, config.tile_m)
+        values = cute.make_rmem_tensor(stat.shape, Float32)
+        cute.autovec_copy(stat, values)
+        view = rows_cols(w.acc_S)
+        for r in cutlass.range_constexpr(cute.size(view, mode=[0])):
+            for c in cutlass.range_constexpr(cute.size(view, mode=[1])):
+                view[r, c] = values[c]
 
 
 @cute.jit
@@ -202,8 +251,9 @@ def add_dQ(config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32, m_bloc
 @cute.jit
 def turn_counter(w: Work, head: Int32, m_block: Int32):
     """Where the warps that have added to a tile of dq_acc are counted."""
-    turns = w.mTurns[w.smem.find_block().batch, opaque(head), None]
-    return cute.local_tile(turns, (1,), (opaque(m_block),)).iterator.llvm_ptr
+    batch, number = w.smem.find_block().place(opaque(m_block))
+    turns = w.mTurns[batch, opaque(head), None]
+    return cute.local_tile(turns, (1,), (number,)).iterator.llvm_ptr
 
 
 @cute.jit
@@ -213,13 +263,14 @@ def add_dS_K(config: cutlass.Constexpr, sizes: Sizes, w: Work, head: Int32, m_bl
     w.acc_dQ.fill(0.0)
     gemm(w.tiled_mma_dQ, w.acc_dQ, a, b, w.tidx)
     if const_expr(config.deterministic):
-        lengths = sizes.of(opaque(sizes.seqlen_q), opaque(sizes.seqlen_k))
+        lengths = w.smem.find_sizes(sizes)
         mine = config.warps * turn(config, lengths, w.smem.find_block().n_block, m_block)
         done = Int32(-1)  # warps that have added to this tile
         while done < mine:
             done = cute.arch.load(turn_counter(w, head, m_block), Int32, sem="acquire", scope="gpu")
     size = config.dq_vector
-    acc = w.mdQacc[w.smem.find_block().batch, head, m_block, None].iterator + size * opaque(w.tidx)
+    batch, number = w.smem.find_block().place(m_block)
+    acc = w.mdQacc[batch, head, number, None].iterator + size * opaque(w.tidx)
     for i in cutlass.range_constexpr(0, cute.size(w.acc_dQ), size):
         values = [w.acc_dQ[i + j] for j in range(size)]
         add_to_global(acc + i * 32 * config.warps, values)
@@ -228,6 +279,91 @@ def add_dS_K(config: cutlass.Constexpr, sizes: Sizes, w: Work, head: Int32, m_bl
         cute.arch.sync_warp()
         if opaque(w.tidx) % 32 == 0:
             cute.arch.atomic_add(turn_counter(w, head, m_block), Int32(1), sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def distances_of(config: cutlass.Constexpr, sizes: Sizes, w: Work, query: Int32) -> cute.Tensor:
+    """Those of scores.transform, worked out anew; query: the tile's first column."""
+    rc, block, lengths = w.coords(config), w.smem.find_block(), w.smem.find_sizes(sizes)
+    distances = cute.make_rmem_tensor(cute.size(rc, mode=[0]), Int32)
+    diagonal = block.n_block * config.tile_n + lengths.seqlen_q - lengths.seqlen_k
+    for r in cutlass.range_constexpr(cute.size(distances)):
+        distances[r] = diagonal + rc[r, 0][0] - (query + rc[0, 0][1])
+    return distances
+
+
+@cute.jit
+def masked_scores(config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32, m_block: Int32):
+    """acc_S <- scores, -inf where masked; in log2 units unless plain. Returns ALiBi's slope of each row."""
+    S = rows_cols(w.acc_S)
+    slopes = cute.make_rmem_tensor(cute.size(S, mode=[0]), Float32)
+    if const_expr("alibi" in config.score):
+        batch, head = w.smem.find_block().batch, head_of(sizes, w.smem, left)
+        slopes.fill(w.score.slopes[batch, head] * Float32(LOG2_E))
+    distances = distances_of(config, sizes, w, opaque(m_block) * config.tile_m)
+    transform(config, w.score, S, slopes, distances)
+    lengths = w.smem.find_sizes(sizes)
+    lengths = config.tile_m, config.tile_n, lengths.seqlen_q, lengths.seqlen_k
+    free_first, free_last = unmasked_queries(
+        w.smem.find_block().n_block, *lengths, *sizes.window(config.mask)
+    )
+    if m_block < free_first or m_block >= free_last:
+        mask(config, w.smem.find_block().sizes(sizes), w, m_block)
+    return slopes
+
+
+@cute.jit
+def factor(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    w: Work,
+    left: Int32,
+    query: Int32,
+    P: cute.Tensor,
+    acc_F: cute.Tensor | None,
+) -> cute.Tensor:
+    """What dS takes in the place of P, in 16 bits; it and P become negative where dropped.
+
+    query: the first column.
+    """
+    F = P
+    if const_expr(config.dropout):
+        rc, block = w.coords(config), w.smem.find_block()
+        rows = range(0, cute.size(rc, mode=[0]), 2)
+        keys = tuple(block.n_block * config.tile_n + rc[r, 0][0] for r in rows)
+        batch_head = block.batch * sizes.heads + head_of(sizes, w.smem, left)
+        mark_transposed(w.dropout, P, keys, query + rc[0, 0][1], batch_head)
+    if const_expr("softcap" in config.score):
+        F = cute.make_rmem_tensor(P.shape, P.element_type)
+        convert(acc_F, F)
+        if const_expr(config.dropout):
+            copy_marks(P, F)
+    return F
+
+
+@cute.jit
+def probabilities(
+    config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32, m_block: Int32, at: Int32, p: Operand
+):
+    """w.P <- P, from S, for dV; for dS, P or its factor goes to shared memory."""
+    slopes = masked_scores(config, sizes, w, left, m_block)
+    acc_S, lane = as_operand_A(w.acc_S), opaque(w.tidx) % 32
+    place = destination(w.tiled_mma, p, w.in_side(config))
+    for k in cutlass.range_constexpr(cute.size(w.P, mode=[2])):
+        S, P, acc_F = slice_of(acc_S, k), slice_of(w.P, k), None
+        query = opaque(m_block) * config.tile_m + 16 * k
+        if const_expr("softcap" in config.score):
+            acc_F = cute.make_rmem_tensor(P.shape, Float32)
+        if const_expr(config.score == "plain"):
+            for i in cutlass.range_constexpr(cute.size(S)):
+                S[i] = cute.math.exp2(S[i] * w.score.scale, fastmath=True)
+        else:
+            stat = columns(w.smem.stats[None, at], lane, 16 * k, 16)
+            exponentials(config, w.score, S, stat, slopes, distances_of(config, sizes, w, query), acc_F)
+        convert(S, P)
+        put(place, factor(config, sizes, w, left, query, P, acc_F), k)
+        if const_expr(config.dropout):
+            keep(P, P)
 
 
 @cute.jit
@@ -243,41 +379,35 @@ def step(config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32, m_block:
     p = operand_A(w.tiled_mma, w.smem.dS[None, None, at >> 1])
     p = Operand(w.P, p.copy, p.sX, p.chunk_bits)
     in_side, pair = w.in_side(config), 1 + w.in_side(config) // 32
-    seed(w.acc_S, w.smem.stats[None, at], opaque(w.tidx) % 32)
+    seed(config, w, at)
     a = operand_A(w.tiled_mma, w.smem.KV[None, None, at & 1])
     gemm(w.tiled_mma, w.acc_S, a, operand_B(w.tiled_mma, X, transpose=False), in_side)
-    S = as_operand_A(w.acc_S)
     if (at & 1) == 0:
-        lengths = config.tile_m, config.tile_n, opaque(sizes.seqlen_q), opaque(sizes.seqlen_k)
-        free_first, free_last = unmasked_queries(
-            w.smem.find_block().n_block, *lengths, *sizes.window(config.mask)
-        )
-        if m_block < free_first or m_block >= free_last:
-            mask(config, sizes, w, m_block)
-        for i in cutlass.range_constexpr(cute.size(S)):
-            S[i] = cute.math.exp2(S[i] * w.scale_log2, fastmath=True)
-        convert(S, w.P)
-        put(w.tiled_mma, p, in_side)
+        probabilities(config, sizes, w, left, m_block, at, p)
         cute.arch.barrier_arrive(barrier_id=pair, number_of_threads=64)  # P is there for side 1
         add_dQ(config, sizes, w, left, m_block, 1 - (at >> 1))
     else:
         cute.arch.barrier(barrier_id=pair, number_of_threads=64)
-        place = source(p, in_side)
+        place, lane = source(p, in_side), opaque(w.tidx) % 32
         for k in cutlass.range_constexpr(cute.size(w.P, mode=[2])):
             fetch(p, place, k)
-            P, dS = w.P[None, None, k], S[None, None, k]
-            for i in cutlass.range_constexpr(cute.size(P)):
-                dS[i] = dS[i] * P[i].to(Float32)
+            dS, P = slice_of(as_operand_A(w.acc_S), k), slice_of(w.P, k)
+            finish_dS(config, w.dropout, dS, P, columns(w.smem.stats[None, at], lane, 16 * k, 16))
             convert(dS, P)
-        put(w.tiled_mma, p, in_side)
+        place = destination(w.tiled_mma, p, in_side)
+        for k in cutlass.range_constexpr(cute.size(w.P, mode=[2])):
+            put(place, slice_of(w.P, k), k)
     gemm(w.tiled_mma, w.acc, Operand(w.P), operand_B(w.tiled_mma, transposed(Y), transpose=True), in_side)
 
 
-@cute.kernel
-def kernel(
+@cute.jit
+def accumulate(
     config: cutlass.Constexpr,
     sizes: Sizes,
-    swath: Int32,
+    block: Block,
+    scale: Float32,
+    score: Score,
+    dropout: Dropout | None,
     mQ: cute.Tensor,
     mK: cute.Tensor,
     mV: cute.Tensor,
@@ -287,24 +417,23 @@ def kernel(
     mdK: cute.Tensor,
     mdV: cute.Tensor,
     mTurns: cute.Tensor,
-    scale: Float32,
-    scale_log2: Float32,
     tiled_mma: cute.TiledMma,
     tiled_mma_dQ: cute.TiledMma,
     tiled_load: cute.TiledCopy,
     layouts: tuple,
 ):
+    """All that a thread block does."""
     tidx, _, _ = cute.arch.thread_idx()
-    block = uniform(find_block(config, sizes, None, swath))
-    n_block, head_k, batch = block.n_block, block.head_kv, block.batch
-
     allocator, dtype = SmemAllocator(), mQ.element_type
     tiles = [allocator.allocate_tensor(dtype, x.outer, 1024, swizzle=x.inner) for x in layouts]
-    stats = cute.make_layout((config.tile_m, 4))
+    stats = cute.make_layout((config.tile_m, config.stats))
     stats = allocator.allocate_tensor(Float32, stats, 128)
-    smem = Smem(*tiles, stats, allocator.allocate_tensor(Int32, cute.make_layout(5)))
-    for i in cutlass.range_constexpr(5):
-        smem.block[i] = block[i]
+    if const_expr(config.stats > ZEROS):
+        if tidx < config.tile_m:
+            stats[tidx, ZEROS] = Float32(0.0)
+    numbers = cute.make_layout(config.block_numbers)
+    smem = Smem(*tiles, stats, allocator.allocate_tensor(Int32, numbers))
+    smem.keep_block(block)
     x = Loader(tiled_load, mQ, mdO, mStats, smem, tidx)
 
     side = cute.arch.make_warp_uniform(tidx // (16 * config.warps))
@@ -324,13 +453,18 @@ def kernel(
         cute.make_rmem_tensor(as_operand_A(acc_S).shape, dtype),
         mdQacc,
         mTurns,
-        scale_log2,
+        score,
+        dropout,
         tidx,
     )
 
+    batch_k, start_k = block.k_rows
     for i, mX in ((K, mK), (V, mV)):
-        gX = cute.local_tile(mX[batch, None, head_k, None], (config.tile_n, config.head_dim), (n_block, 0))
-        rows = sizes.seqlen_k - n_block * config.tile_n
+        gX = mX[batch_k, None, block.head_kv, None]  # (sk, d)
+        if const_expr(config.ragged):
+            gX = cute.domain_offset((start_k, 0), gX)
+        gX = cute.local_tile(gX, (config.tile_n, config.head_dim), (block.n_block, 0))
+        rows = block.sizes(sizes).seqlen_k - block.n_block * config.tile_n
         load_tile(tiled_load, gX, smem.KV[None, None, i], rows, mX.shape[3], tidx)
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()  # bwd_delta is done
@@ -360,15 +494,63 @@ def kernel(
     rows = cute.make_rmem_tensor(cute.size(rc, mode=[0]), Int32)
     for r in cutlass.range_constexpr(cute.size(rows)):
         rows[r] = block.n_block * config.tile_n + rc[r, 0][0]
-    factor = Float32(1.0) if (at & 1) == 0 else scale
+    of_dV = dropout.rescale if const_expr(config.dropout) else Float32(1.0)
+    factor = of_dV if (at & 1) == 0 else scale
     for i in cutlass.range_constexpr(cute.size(acc)):
         acc[i] = acc[i] * factor
     out = cute.make_rmem_tensor(acc.shape, dtype)
     convert(acc, out)
     if (at & 1) == 0:
-        store_rows(out, mdV[block.batch, None, block.head_kv, None], rows, tidx % 32)
+        store(config, block, out, mdV, rows, tidx % 32)
     else:
-        store_rows(out, mdK[block.batch, None, block.head_kv, None], rows, tidx % 32)
+        store(config, block, out, mdK, rows, tidx % 32)
+
+
+@cute.jit
+def store(
+    config: cutlass.Constexpr, block: Block, out: cute.Tensor, mX: cute.Tensor, rows: cute.Tensor, lane: Int32
+):
+    """Store a thread's part of dV or dK; rows: its keys."""
+    batch, start = block.k_rows
+    gX = mX[batch, None, block.head_kv, None]  # (sk, d)
+    if const_expr(config.ragged):  # the next sequence's rows follow
+        store_sequence(out, gX, rows, start, block.sequence.room, lane)
+    else:
+        store_rows(out, gX, rows, lane)
+
+
+@cute.kernel
+def kernel(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    swath: Int32,
+    ragged: Ragged | None,
+    scale: Float32,
+    score: Score,
+    dropout: Dropout | None,
+    mQ: cute.Tensor,
+    mK: cute.Tensor,
+    mV: cute.Tensor,
+    mdO: cute.Tensor,
+    mStats: cute.Tensor,
+    mdQacc: cute.Tensor,
+    mdK: cute.Tensor,
+    mdV: cute.Tensor,
+    mTurns: cute.Tensor,
+    tiled_mma: cute.TiledMma,
+    tiled_mma_dQ: cute.TiledMma,
+    tiled_load: cute.TiledCopy,
+    layouts: tuple,
+):
+    block = uniform(find_block(config, sizes, ragged, swath))
+    tensors = mQ, mK, mV, mdO, mStats, mdQacc, mdK, mdV, mTurns
+    given = scale, score, dropout, *tensors, tiled_mma, tiled_mma_dQ, tiled_load, layouts
+    if const_expr(not config.ragged):  # noqa: SIM114, only one of the conditions is known to the compiler
+        accumulate(config, sizes, block, *given)
+    elif block.n_block >= 0:
+        accumulate(config, sizes, block, *given)
+    elif const_expr(config.pdl):
+        cute.arch.griddepcontrol_wait()  # convert_dQ waits for this kernel alone, but needs bwd_delta
 
 
 kernel.set_name_prefix("mfa_bwd_sm80", remove_cutlass_symbol=True)
@@ -379,14 +561,19 @@ def convert_dQ(
     config: cutlass.Constexpr,
     mdQacc: cute.Tensor,
     mdQ: cute.Tensor,
+    ragged: Ragged | None,
     scale: Float32,
     tiled_mma_dQ: cute.TiledMma,
 ):
-    """dQ = scale * dq_acc; a thread block for each query block, each thread reads what add_dQ's wrote."""
+    """dQ = scale * dq_acc; a thread block for each query block, each thread reads what add_dQ's wrote.
+
+    Rows of packed queries that belong to no sequence are blocks as well: nothing was added to their zeros.
+    """
     tidx, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     heads, m_blocks = mdQacc.shape[1], mdQacc.shape[2]
     m_block, head, batch = block % m_blocks, block // m_blocks % heads, block // (m_blocks * heads)
+    first, left = query_block(config, ragged, mdQ.shape[1], m_block)
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()  # the main kernel is done: dq_acc is complete
     thr_mma = tiled_mma_dQ.get_slice(tidx)
@@ -411,9 +598,9 @@ def convert_dQ(
             for i in cutlass.range_constexpr(4):
                 out[i] = words[r + i // 2, c + i % 2]
             quad_transpose(out, q)
-            row = m_block * config.tile_m + (rc[r, 0][0] if q < 2 else rc[r + 1, 0][0])
+            row = first + (rc[r, 0][0] if q < 2 else rc[r + 1, 0][0])
             column = (rc[0, 2 * c][1] if q % 2 == 0 else rc[0, 2 * c + 2][1]) // 8
-            if row < gdQ.shape[0] and 8 * column < gdQ.shape[1]:
+            if row < first + left and 8 * column < gdQ.shape[1]:
                 cute.autovec_copy(
                     cute.recast_tensor(out, dQ.element_type), cute.local_tile(gdQ[row, None], (8,), (column,))
                 )
@@ -441,7 +628,7 @@ def launch(
     window_left: Int32,
     window_right: Int32,
     ragged: Ragged | None,
-    dropout: None,
+    dropout: Dropout | None,
     mTurns: cute.Tensor,
     config: cutlass.Constexpr,
     stream,
@@ -461,7 +648,11 @@ def launch(
     kernel(
         config,
         sizes,
-        find_swath(config, sizes, None),
+        find_swath(config, sizes, ragged),
+        ragged,
+        score.scale,
+        in_log2(config, score),
+        dropout,
         mQ,
         mK,
         mV,
@@ -471,17 +662,19 @@ def launch(
         mdK,
         mdV,
         mTurns,
-        score.scale,
-        scale_log2(config, score),
         make_tiled_mma(dtype, config.warps // 2),
         tiled_mma_dQ,
         make_tiled_load(dtype, threads, d),
         layouts,
     ).launch(
-        grid=(num_blocks(config, sizes, None), 1, 1), block=(threads, 1, 1), stream=stream, use_pdl=config.pdl
+        grid=(num_blocks(config, sizes, ragged), 1, 1),
+        block=(threads, 1, 1),
+        stream=stream,
+        use_pdl=config.pdl,
     )
-    convert_dQ(config, mdQacc, mdQ, score.scale, tiled_mma_dQ).launch(
-        grid=(mdQacc.shape[2] * sizes.heads * sizes.batch, 1, 1),
+    batch, heads, m_blocks = mdQacc.shape[0], mdQacc.shape[1], mdQacc.shape[2]
+    convert_dQ(config, mdQacc, mdQ, ragged, score.scale, tiled_mma_dQ).launch(
+        grid=(m_blocks * heads * batch, 1, 1),
         block=(threads, 1, 1),
         stream=stream,
         use_pdl=config.pdl,

@@ -1,4 +1,4 @@
-"""FlashAttention backward for Hopper: a thread block for each block of 128 keys, four warpgroups (WGs).
+"""FlashAttention backward for Hopper: a thread block for a block of 128 keys, four warpgroups (WGs).
 
 q, o, do, dq (B, Sq, Hq, D); k, v, dk, dv (B, Sk, Hkv, D); lse (B, Hq, Sq) float32; float16 or bfloat16, any
 strides with a unit last one. Three kernels: bwd_delta prepares the rows' statistics, this one does the work,
@@ -24,14 +24,24 @@ from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.kernels import arguments, bwd_convert, bwd_delta, bwd_sm90_wide
 from mini_flash_attention.kernels.blocks import query_blocks, unmasked_queries
-from mini_flash_attention.kernels.bwd_schedule import Block, find_block, find_swath, num_blocks
+from mini_flash_attention.kernels.bwd_schedule import (
+    Block,
+    Order,
+    find_block,
+    find_block_quickly,
+    find_order,
+    find_swath,
+    num_blocks,
+)
 from mini_flash_attention.kernels.bwd_sm90_parts import (
     CONSUMER_WGS,
     CONSUMERS,
     DQ_WARP,
     LOAD_WARP,
+    START,
     THREADS,
     WG,
+    Call,
     Gradient,
     Mmas,
     Scores,
@@ -39,14 +49,17 @@ from mini_flash_attention.kernels.bwd_sm90_parts import (
     clear_beyond,
     clear_queries,
     compute_dq,
+    compute_dq_tiles,
     factors,
     finish_dS,
     hand_over,
     issue_dP,
     issue_S,
     make_scores,
+    next_tile,
     probabilities,
     produce,
+    produce_tiles,
     set_head,
     store_rows_of,
     store_tile,
@@ -67,9 +80,9 @@ class Work(NamedTuple):
     lane: Int32
     tidx: Int32
     mmas: Mmas
-    tSrK: cute.Tensor  # A of K·Qᵀ: descriptors (MMA, 1, d / 16)
+    tSrK: cute.Tensor  # A of K·Qᵀ: descriptors (MMA, 1, d / 16, kv_stages)
     tSrQ: cute.Tensor  # B: descriptors (MMA, 1, d / 16, stages)
-    tdPrV: cute.Tensor  # A of V·dOᵀ: descriptors (MMA, 1, d / 16)
+    tdPrV: cute.Tensor  # A of V·dOᵀ: descriptors (MMA, 1, d / 16, kv_stages)
     tdPrdO: cute.Tensor  # B: descriptors (MMA, 1, d / 16, do_stages)
     tdVrdO: cute.Tensor  # B of Pᵀ·dO: descriptors (MMA, 1, tile_m / 16, do_stages)
     tdKrQ: cute.Tensor  # B of dSᵀ·Q: descriptors (MMA, 1, tile_m / 16, stages)
@@ -94,7 +107,10 @@ def step(
     query: Int32,
     masked: Boolean,
 ):
-    """One query block: dV and dK grow, dS goes to the dQ WG. The other WG's products run under all this."""
+    """One query block: dV and dK grow, dS goes to the dQ WG. The other WG's products run under all this.
+
+    w: with the keys' tSrK and tdPrV.
+    """
     slot, do_slot = s.q_ring.slot(it), s.do_ring.slot(it)
     s.q_ring.wait_full(it)
     s.ds_ring.wait_empty(it)  # dS of two blocks ago is read; not later: a wait under a wgmma costs registers
@@ -116,8 +132,8 @@ def step(
     finish_dS(config, w.scores.dropout, w.acc_dP, F, stat)
     dS = cute.make_rmem_tensor(w.acc_dP.layout, s.sQ.element_type)
     convert(w.acc_dP, dS)
-    hand_over(s, w, it, dS)
     wgmma(w.mmas.dkv, w.acc_dK, as_operand_A(dS), w.tdKrQ[None, None, None, slot], True)
+    hand_over(s, w, it, dS)  # under dK's product
     warpgroup.wait_group(1)  # dV: dO may be overwritten
     release(s.do_ring, it, w.lane)
     warpgroup.wait_group(0)  # dK: Q and stats may be overwritten
@@ -155,17 +171,23 @@ def skip(s: Shared, w: Work, it: Int32):
 
 
 @cute.jit
+def consume_tiles(config: cutlass.Constexpr, c: Call, s: Shared, w: Work):
+    """A consumer warp of a persistent thread block."""
+    tile, n, it = cute.arch.block_idx()[0], Int32(0), Int32(0)
+    while tile < c.num_tiles:
+        it = consume(config, c, c.block(config, tile), s, w, n, it)
+        tile = next_tile(s, n)
+        n += 1
+
+
+@cute.jit
 def consume(
-    config: cutlass.Constexpr,
-    sizes: Sizes,
-    block: Block,
-    s: Shared,
-    w: Work,
-    dk: Gradient,
-    dv: Gradient,
-    scale: Float32,
-):
-    """A consumer warp."""
+    config: cutlass.Constexpr, c: Call, block: Block, s: Shared, w: Work, n: Int32, it: Int32
+) -> Int32:
+    """A consumer warp, for the n-th tile. it, and what is returned: as in produce."""
+    sizes = block.sizes(c.sizes)
+    kv_slot = s.k_ring.slot(n)
+    w = w._replace(tSrK=w.tSrK[None, None, None, kv_slot], tdPrV=w.tdPrV[None, None, None, kv_slot])
     w.acc_dV.fill(0.0)
     w.acc_dK.fill(0.0)
     lengths = config.tile_m, 64, sizes.seqlen_q, sizes.seqlen_k
@@ -178,13 +200,12 @@ def consume(
             first = cutlass.min(first, last)
     free_first, free_last = unmasked_queries(half, *lengths, *sizes.window(config.mask))
     key = half * 64 + w.tidx % 128 // 32 * 16 + w.lane // 4
-    s.k_ring.wait_full(Int32(0))
-    s.v_ring.wait_full(Int32(0))
+    s.k_ring.wait_full(n)
+    s.v_ring.wait_full(n)
     if const_expr(config.ragged):
         for sX in (s.sK, s.sV):
             sX = cute.local_tile(sX[None, None, 0], (64, config.head_dim), (w.wg, 0))
             clear_beyond(sX, sizes.seqlen_k, 64 * half, WG + w.wg)
-    it = Int32(0)
     for g in cutlass.range(sizes.group, unroll=1):
         set_head(config, sizes, w.scores, block.batch, block.head_kv * sizes.group + g)
         for _ in cutlass.range(first - block.first, unroll=1):
@@ -202,25 +223,30 @@ def consume(
         for _ in cutlass.range(block.last - last, unroll=1):
             skip(s, w, it)
             it += 1
-    store(config, block, s, w, dk, dv, scale)
+    for i in cutlass.range_constexpr(cute.size(w.acc_dK)):
+        w.acc_dK[i] = w.acc_dK[i] * c.scale
+        if const_expr(config.dropout):
+            w.acc_dV[i] = w.acc_dV[i] * w.scores.dropout.rescale
+    if const_expr(config.persistent):  # the next tile's keys and queries take no notice of this one's end
+        release(s.k_ring, n, w.lane)
+        release(s.v_ring, n, w.lane)
+        store_rows_of(config, block, w.acc_dV, c.dv, w.tidx)
+        store_rows_of(config, block, w.acc_dK, c.dk, w.tidx)
+    else:
+        store(config, block, s, w, c.dk, c.dv)
+    return it
 
 
 @cute.jit
-def store(
-    config: cutlass.Constexpr, block: Block, s: Shared, w: Work, dk: Gradient, dv: Gradient, scale: Float32
-):
+def store(config: cutlass.Constexpr, block: Block, s: Shared, w: Work, dk: Gradient, dv: Gradient):
     """dV through V's shared memory, dK through Q's: the dQ WG may still be reading K."""
-    for i in cutlass.range_constexpr(cute.size(w.acc_dK)):
-        w.acc_dK[i] = w.acc_dK[i] * scale
-        if const_expr(config.dropout):
-            w.acc_dV[i] = w.acc_dV[i] * w.scores.dropout.rescale
     if const_expr(not config.ragged):  # noqa: SIM114, only one of the conditions is known to the compiler
         store_bulk(config, block, s, w, dk, dv)
     elif (block.n_block + 1) * config.tile_n <= block.sequence.room:
         store_bulk(config, block, s, w, dk, dv)
     else:  # the next sequence's rows follow
-        for acc, x in ((w.acc_dV, dv), (w.acc_dK, dk)):
-            store_rows_of(config, block, acc, x, w.tidx)
+        store_rows_of(config, block, w.acc_dV, dv, w.tidx)
+        store_rows_of(config, block, w.acc_dK, dk, w.tidx)
 
 
 @cute.jit
@@ -265,9 +291,9 @@ def make_work(config, s: Shared, mmas: Mmas, score: Score, dropout: Dropout | No
         lane=lane,
         tidx=tidx,
         mmas=mmas,
-        tSrK=sdp.make_fragment_A(sdp.partition_A(s.sK[None, None, 0])),
+        tSrK=sdp.make_fragment_A(sdp.partition_A(s.sK)),
         tSrQ=sdp.make_fragment_B(sdp.partition_B(s.sQ)),
-        tdPrV=sdp.make_fragment_A(sdp.partition_A(s.sV[None, None, 0])),
+        tdPrV=sdp.make_fragment_A(sdp.partition_A(s.sV)),
         tdPrdO=sdp.make_fragment_B(sdp.partition_B(s.sdO)),
         tdVrdO=dkv.make_fragment_B(dkv.partition_B(transposed(s.sdO))),
         tdKrQ=dkv.make_fragment_B(dkv.partition_B(transposed(s.sQ))),
@@ -282,46 +308,37 @@ def make_work(config, s: Shared, mmas: Mmas, score: Score, dropout: Dropout | No
     )
 
 
-class Call(NamedTuple):
-    """What a thread block works on and with, but for shared memory."""
-
-    sizes: Sizes  # of the sequence
-    block: Block
-    scale: Float32
-    score: Score  # in_log2
-    dropout: Dropout | None
-    q: Tma
-    k: Tma
-    v: Tma
-    do: Tma
-    dk: Gradient
-    dv: Gradient
-    mStats: cute.Tensor
-    mdQacc: cute.Tensor
-    mTurns: cute.Tensor
-    mmas: Mmas
-
-
 @cute.jit
-def run_role(config: cutlass.Constexpr, c: Call, s: Shared):
-    """What this warp does."""
+def run_role(config: cutlass.Constexpr, c: Call, block: Block | None, s: Shared):
+    """What this warp does. block: None if config.persistent."""
     warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     consumer, dq, loader = config.registers
+    start = Int32(0), Int32(0)  # no tile and no query block before
     if warp_idx >= LOAD_WARP:
         cute.arch.setmaxregister_decrease(loader)
         if warp_idx == LOAD_WARP:
-            produce(config, c.sizes, c.block, c.q, c.k, c.v, c.do, c.mStats, s)
+            if const_expr(config.persistent):
+                produce_tiles(config, c, s)
+            else:
+                produce(config, c, block, s, *start)
     elif warp_idx >= DQ_WARP:
         cute.arch.setmaxregister_decrease(dq)
-        compute_dq(config, c.sizes, c.block, c.mmas.dq, c.mdQacc, c.mTurns, s)
+        if const_expr(config.persistent):
+            compute_dq_tiles(config, c, s)
+        else:
+            compute_dq(config, c, block, s, *start)
+        if warp_idx == DQ_WARP:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory must outlive the reads
     else:
         cute.arch.setmaxregister_increase(consumer)
         if const_expr(config.wide):
-            scores = make_scores(c.score, c.dropout)
-            bwd_sm90_wide.consume(config, c.sizes, c.block, c.mmas, s, scores, c.dk, c.dv, c.scale)
+            bwd_sm90_wide.consume(config, c, block, s)
         else:
             w = make_work(config, s, c.mmas, c.score, c.dropout)
-            consume(config, c.sizes, c.block, s, w, c.dk, c.dv, c.scale)
+            if const_expr(config.persistent):
+                consume_tiles(config, c, s, w)
+            else:
+                consume(config, c, block, s, w, *start)
 
 
 class Layouts(NamedTuple):
@@ -329,7 +346,7 @@ class Layouts(NamedTuple):
 
     sQ: cute.ComposedLayout
     sdO: cute.ComposedLayout
-    sK: cute.ComposedLayout  # and V, dK, dV
+    sK: cute.ComposedLayout  # and V
     sdSt: cute.ComposedLayout
 
 
@@ -338,6 +355,7 @@ def kernel(
     config: cutlass.Constexpr,
     sizes: Sizes,
     swath: Int32,
+    order: Order | None,
     ragged: Ragged | None,
     scale: Float32,
     score: Score,
@@ -364,35 +382,60 @@ def kernel(
     rows, cols = config.dq_piece
     sdQ = smem.allocate_tensor(Float32, cute.make_layout((rows * cols, 2)), 1024)
     sStats = smem.allocate_tensor(Float32, cute.make_layout((2 * config.tile_m, config.stages)), 128)
-    loaded = tuple(make_ring(smem, n) for n in (config.stages, config.do_stages, 1, 1))
+    stages = config.stages, config.do_stages, config.kv_stages, config.kv_stages
+    q_ring, do_ring, k_ring, v_ring = (make_ring(smem, n) for n in stages)
     sP, p_ring, ds_ring = None, None, make_ring(smem, 2)
     if const_expr(config.wide):
         sP, p_ring = bwd_sm90_wide.allocate_P(config, smem, dtype), make_ring(smem, 2)
-    s = Shared(sQ, sdO, sK, sV, sdSt, sdQ, sStats, *loaded, ds_ring, sP, p_ring)
-    if warp_idx == 0:
+    sTile, tile_ring = None, None
+    if const_expr(config.persistent):
+        sTile, tile_ring = smem.allocate_tensor(Int32, cute.make_layout(2), 8), make_ring(smem, 2)
+    rings = q_ring, do_ring, k_ring, v_ring, ds_ring
+    s = Shared(sQ, sdO, sK, sV, sdSt, sdQ, sStats, *rings, sP, p_ring, sTile, tile_ring)
+    if warp_idx == LOAD_WARP:  # it goes on at once, to load K and Q
+        for x in (k, q):
+            cpasync.prefetch_descriptor(x.atom)
         with cute.arch.elect_one():  # each warp that reads a slot releases it once
-            init_rings(loaded, 4 * CONSUMER_WGS)
+            init_rings((q_ring, do_ring, v_ring), 4 * CONSUMER_WGS)
+            init_rings((k_ring,), 4 * CONSUMER_WGS + 4)  # the dQ WG's as well
+            if const_expr(config.persistent):
+                init_rings((tile_ring,), 4 * CONSUMER_WGS + 4)
             if const_expr(config.wide):  # WG 1 makes dS, from WG 0's P
                 init_rings((ds_ring, p_ring), 4, 4)
             else:
                 init_rings((ds_ring,), 4, 4 * CONSUMER_WGS)
-        for x in (q, k, v, do, dk.tma, dv.tma):
+        cute.arch.sync_warp()  # all lanes come after them
+        cute.arch.barrier_arrive(barrier_id=START, number_of_threads=THREADS)
+    if warp_idx == 0:
+        for x in (v, do, dk.tma, dv.tma):
             cpasync.prefetch_descriptor(x.atom)
-    cute.arch.barrier()  # the mbarriers are there
+    block, tiles = None, num_blocks(config, sizes, ragged)
+    if const_expr(config.ragged):
+        block = find_block(config, sizes, ragged, swath)
+    elif const_expr(not config.persistent):
+        block = find_block_quickly(config, sizes, order, cute.arch.block_idx()[0])
+    if warp_idx != LOAD_WARP:
+        cute.arch.barrier(barrier_id=START, number_of_threads=THREADS)  # the mbarriers are there
     cute.arch.griddepcontrol_launch_dependents()  # bwd_convert may start: it waits for this kernel
-    block = find_block(config, sizes, ragged, swath)
-    call = Call(
-        block.sizes(sizes), block, scale, score, dropout, q, k, v, do, dk, dv, mStats, mdQacc, mTurns, mmas
-    )
+    loads, gradients = (q, k, v, do), (dk, dv)
+    call = Call(sizes, order, tiles, scale, score, dropout, *loads, *gradients, mStats, mdQacc, mTurns, mmas)
     if const_expr(not config.ragged):  # noqa: SIM114, only one of the conditions is known to the compiler
-        run_role(config, call, s)
+        run_role(config, call, block, s)
     elif block.n_block >= 0:
-        run_role(config, call, s)
+        run_role(config, call, block, s)
     else:
         cute.arch.griddepcontrol_wait()  # bwd_convert waits for this kernel alone, but needs bwd_delta
 
 
 kernel.set_name_prefix("mfa_bwd_sm90", remove_cutlass_symbol=True)
+
+
+def make_dq_mma(config, dtype: type) -> cute.TiledMma:
+    K, MN, make_mma = OperandMajorMode.K, OperandMajorMode.MN, hopper.make_trivial_tiled_mma
+    rows, cols = config.dq_piece
+    if config.dq_transposed:
+        return make_mma(dtype, dtype, K, MN, Float32, (1, 1, 1), (64, rows), warpgroup.OperandSource.RMEM)
+    return make_mma(dtype, dtype, MN, MN, Float32, (1, 1, 1), (64, cols))
 
 
 @cute.jit
@@ -416,12 +459,14 @@ def launch(
     ragged: Ragged | None,
     dropout: Dropout | None,
     mTurns: cute.Tensor,
+    num_sms: Int32,
     config: cutlass.Constexpr,
     stream,
 ):
     """Tensors as in the module's first lines and bwd_delta's, numbers as in dispatch.py.
 
-    mdLSE is read if has_dlse; batch, heads and lengths are not 0.
+    mdLSE is read if has_dlse; num_sms, thread blocks that run at once, counts if config.persistent; batch,
+    heads and lengths are not 0.
     """
     sizes = sizes_of(config, mQ, mK, window_left, window_right, ragged)
     dtype = mQ.element_type
@@ -430,7 +475,7 @@ def launch(
         hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (n, m, d), dtype, stages)
         for stages in (config.stages, config.do_stages)
     )
-    sK = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (n, m, d), dtype, 1)
+    sK = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (n, m, d), dtype, config.kv_stages)
     sdSt = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (n, d, m), dtype, 2)
     K, MN, make_mma = OperandMajorMode.K, OperandMajorMode.MN, hopper.make_trivial_tiled_mma
     wgs, RMEM = (n // 64, 1, 1), warpgroup.OperandSource.RMEM
@@ -438,19 +483,24 @@ def launch(
         sdp=make_mma(dtype, dtype, K, K, Float32, wgs, (64, m)),
         # 256 columns in one instruction take more registers than 512 threads start with.
         dkv=make_mma(dtype, dtype, K, MN, Float32, wgs, (64, d if d < 256 else 128), RMEM),
-        dq=make_mma(dtype, dtype, MN, MN, Float32, (1, 1, 1), (64, config.dq_piece[1])),
+        dq=make_dq_mma(config, dtype),
     )
     g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
     q, do = (make_tma(g2s, x, layout, (m, d)) for x, layout in ((mQ, sQ), (mdO, sdO)))
     k, v = (make_tma(g2s, x, sK, (n, d)) for x in (mK, mV))
-    dk, dv = (Gradient(make_tma(s2g, x, sK, (n, d)), x if config.ragged else None) for x in (mdK, mdV))
+    by_rows = config.ragged or config.persistent
+    dk, dv = (Gradient(make_tma(s2g, x, sK, (n, d)), x if by_rows else None) for x in (mdK, mdV))
     bwd_delta.launch(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, score, ragged, has_dlse, stream)
     swath = find_swath(config, sizes, ragged)
+    order = None if const_expr(config.ragged) else find_order(config, sizes, swath)
+    grid = num_blocks(config, sizes, ragged)
+    if const_expr(config.persistent):
+        grid = cutlass.min(grid, num_sms)
     layouts = Layouts(sQ, sdO, sK, sdSt)
     scores = score.scale, in_log2(config, score), dropout
     tensors = q, k, v, do, dk, dv, mStats, mdQacc, mTurns
-    kernel(config, sizes, swath, ragged, *scores, *tensors, mmas, layouts).launch(
-        grid=(num_blocks(config, sizes, ragged), 1, 1),
+    kernel(config, sizes, swath, order, ragged, *scores, *tensors, mmas, layouts).launch(
+        grid=(grid, 1, 1),
         block=(THREADS, 1, 1),
         min_blocks_per_mp=1,
         stream=stream,
@@ -460,4 +510,4 @@ def launch(
 
 
 def fake_arguments(config) -> tuple:
-    return (*arguments.backward(config), config, arguments.stream())
+    return (*arguments.backward(config), Int32(1), config, arguments.stream())

@@ -18,6 +18,7 @@ from mini_flash_attention.kernels.bwd_schedule import Block
 from mini_flash_attention.kernels.bwd_sm90_parts import (
     CONSUMERS,
     WG,
+    Call,
     Gradient,
     Mmas,
     Scores,
@@ -29,6 +30,7 @@ from mini_flash_attention.kernels.bwd_sm90_parts import (
     hand_over,
     issue_dP,
     issue_S,
+    make_scores,
     probabilities,
     set_head,
     store_rows_of,
@@ -149,31 +151,22 @@ def step_dK(config: cutlass.Constexpr, s: Shared, w: Work, it: Int32, dropout: D
 
 
 @cute.jit
-def consume(
-    config: cutlass.Constexpr,
-    sizes: Sizes,
-    block: Block,
-    mmas: Mmas,
-    s: Shared,
-    scores: Scores,
-    dk: Gradient,
-    dv: Gradient,
-    scale: Float32,
-):
+def consume(config: cutlass.Constexpr, c: Call, block: Block, s: Shared):
     """A consumer warp."""
+    sizes, scores = block.sizes(c.sizes), make_scores(c.score, c.dropout)
     if cute.arch.make_warp_uniform(cute.arch.warp_idx()) < 4:
-        w = make_work(config, s, mmas, s.sK, s.sQ, s.sdO)
+        w = make_work(config, s, c.mmas, s.sK, s.sQ, s.sdO)
         accumulate_dV(config, sizes, block, s, w, scores)
         if const_expr(config.dropout):
             w.acc_G.store(w.acc_G.load() * scores.dropout.rescale)
-        store(config, block, w, dv, s.sV[None, None, 0], WG)
+        store(config, block, w, c.dv, s.sV[None, None, 0], WG)
     else:
-        w = make_work(config, s, mmas, s.sV, s.sdO, s.sQ)
+        w = make_work(config, s, c.mmas, s.sV, s.sdO, s.sQ)
         accumulate_dK(config, sizes, block, s, w, scores.dropout)
         for i in cutlass.range_constexpr(cute.size(w.acc_G)):
-            w.acc_G[i] = w.acc_G[i] * scale
+            w.acc_G[i] = w.acc_G[i] * c.scale
         # Through a slot of Q: the dQ WG may still be reading K.
-        store(config, block, w, dk, cute.make_tensor(s.sQ.iterator, s.sK[None, None, 0].layout), WG + 1)
+        store(config, block, w, c.dk, cute.make_tensor(s.sQ.iterator, s.sK[None, None, 0].layout), WG + 1)
 
 
 @cute.jit

@@ -37,6 +37,13 @@ def as_operand_A(acc: cute.Tensor) -> cute.Tensor:
     )
 
 
+def slice_of(x: cute.Tensor, k: int) -> cute.Tensor:
+    """Slice k of an A operand, 16 columns: ((2, 2, 2), M, 1)."""
+    s, d = x.layout.shape, x.layout.stride
+    layout = cute.make_layout((s[0], s[1], 1), stride=(d[0], d[1], d[2]))
+    return cute.make_tensor(x[None, None, k].iterator, layout)
+
+
 @cute.jit
 def convert(src: cute.Tensor, dst: cute.Tensor):
     """dst <- src (float32), in pairs: `.to()` may convert singly, which serialises the wgmmas around it."""

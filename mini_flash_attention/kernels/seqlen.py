@@ -7,7 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from mini_flash_attention.kernels.blocks import walk
+from mini_flash_attention.kernels.blocks import walk, walk_of_part
 
 # Bits of Ragged.given: which of its tensors the caller gave.
 CU_SEQLENS_Q, CU_SEQLENS_K, SEQUSED_K, LEFTPAD_K, BATCH_IDX = (1 << i for i in range(5))
@@ -33,6 +33,15 @@ class Sizes:
         """blocks.walk of query block m_block: (start, free_end, free_first, first)."""
         tile, window = (config.tile_m, config.tile_n), self.window(config.mask)
         return walk(m_block, *tile, self.seqlen_q, self.seqlen_k, *window)
+
+    def walk_of_wg(self, config, m_block: Int32, wg: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+        """The same for the rows of a warpgroup: blocks.walk_of_part.
+
+        A later start than this would wait for slots that other warpgroups hold, which may wait for this one.
+        """
+        tile, window = (config.tile_m, config.tile_n), self.window(config.mask)
+        part = config.wgs, wg, config.stages - 1
+        return walk_of_part(m_block, *part, *tile, self.seqlen_q, self.seqlen_k, *window)
 
     def of(self, seqlen_q: Int32, seqlen_k: Int32) -> "Sizes":
         """Those of one sequence of a ragged batch."""

@@ -182,18 +182,29 @@ def gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, a: Operand, b: Operand, tid
         cute.gemm(tiled_mma, acc, a.fragment[None, None, k], b.fragment[None, None, k], acc)
 
 
+class Destination(NamedTuple):
+    """An A operand in shared memory, as one lane computes it."""
+
+    address: Int32  # of the lane's element (0, 0, 0), swizzled
+    layout: cute.Layout  # ((2, 2, 2), M, K) -> offset from it, before the swizzle
+
+
 @cute.jit
-def put(tiled_mma: cute.TiledMma, x: Operand, tidx: Int32):
-    """Store an A operand that was computed in registers to x.sX, from where `fetch` can move it back."""
-    tXsX = tiled_mma.get_slice(opaque(tidx)).partition_A(x.sX)  # ((2, 2, 2), M, K)
+def destination(tiled_mma: cute.TiledMma, x: Operand, tidx: Int32) -> Destination:
+    tXsX = tiled_mma.get_slice(opaque(tidx)).partition_A(x.sX)
     start = tXsX.iterator.toint()
-    address = start ^ ((start >> 3) & x.chunk_bits)
-    words = cute.recast_tensor(x.fragment, Int32)
+    return Destination(start ^ ((start >> 3) & x.chunk_bits), tXsX.layout)
+
+
+@cute.jit
+def put(d: Destination, values: cute.Tensor, k: cutlass.Constexpr):
+    """Store slice k of an A operand, ((2, 2, 2), M, 1), from where `fetch` can move it to registers."""
+    words = cute.recast_tensor(values, Int32)
     for i in cutlass.range_constexpr(cute.size(words)):
-        offset = 2 * cute.crd2idx(2 * i, tXsX.layout)  # bytes; as in fetch
+        offset = 2 * cute.crd2idx(2 * (k * cute.size(words) + i), d.layout)  # bytes; as in fetch
         low = offset % 1024
         pointer = cute.make_ptr(
-            Int32, (address ^ low) + (offset - low), cute.AddressSpace.smem, assumed_align=4
+            Int32, (d.address ^ low) + (offset - low), cute.AddressSpace.smem, assumed_align=4
         )
         cute.make_tensor(pointer, cute.make_layout(1))[0] = words[i]
 
