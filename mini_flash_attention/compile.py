@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import platform
@@ -116,8 +117,8 @@ def _versions() -> tuple[str, ...]:
 def _sources() -> str:
     """The hash of the code that makes a kernel: the kernels', what they import, and this file's."""
     here = Path(__file__)
-    beside = (here.with_name(name) for name in ("config.py", "philox.py"))
-    files = [here, *beside, *sorted(here.parent.glob("kernels/*.py"))]
+    folders = (sorted(here.parent.glob(f"{folder}/*.py")) for folder in ("config", "kernels"))
+    files = [here, here.with_name("philox.py"), *itertools.chain(*folders)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -96,14 +96,6 @@ def problem(seqlen: int, heads: int, head_dim: int) -> Problem:
     return Problem(torch.bfloat16, CUDA, 1, seqlen, seqlen, heads, heads, head_dim, 1.0)
 
 
-def test_tiles_of_a_head_fill_clusters() -> None:
-    row = config.forward("sm90", "sm_90a", "bfloat16", 256, "full")
-    chosen = {seqlen: row.at(seqlen) for seqlen in (1, 128, 256, 513, 768, 1024, 1152, 4096, 4097, 8192)}
-    assert all(-(-seqlen // tiles.tile_m) % tiles.cluster == 0 for seqlen, tiles in chosen.items())
-    assert {seqlen for seqlen, tiles in chosen.items() if tiles.cluster == 2} == {768, 1024, 4096, 8192}
-    assert {chosen[seqlen].tile_n for seqlen in (4096, 8192)} == {64, 80}
-
-
 def test_swaths_are_of_nearly_one_size() -> None:
     row = config.forward("sm90", "sm_90a", "bfloat16", 128, "causal")
     for seqlen in (1, 100, 512, 4096, 65536):

@@ -101,13 +101,6 @@ def test_long(path: str, seqlen: int) -> None:
         check(*inputs(seqlen, seqlen, head_dim=head_dim, batch=1), **options)
 
 
-@pytest.mark.parametrize("lengths", [(640, 640), (768, 1000), (2048, 77), (2048, 2100), (4352, 900)], ids=str)
-def test_lengths_of_clusters(path: str, lengths: tuple[int, int]) -> None:
-    """On Hopper pairs of thread blocks load keys together, where a head has an even number of tiles."""
-    for heads in ((1, 1), (6, 2), (24, 8)):  # the last: more tiles than thread blocks
-        check(*inputs(*lengths, *heads, head_dim=256, batch=1))
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.01, 0.0, -0.5, 3])
 def test_scales(path: str, scale: float) -> None:
     for options in (FULL, CAUSAL):
@@ -199,7 +192,7 @@ def test_nothing_is_written_outside_the_result(path: str, monkeypatch: pytest.Mo
     for lengths, head_dim in itertools.product(((1, 1), (130, 50), (333, 400)), (40, 64, 128, 256)):
         tensors = inputs(*lengths, head_dim=head_dim)
         monkeypatch.setattr(torch, "empty_like", empty_between_guards)
-        flash_attn_func(*tensors, causal=True)
+        flash_attn_func(*tensors, causal=True, return_attn_probs=True)
         monkeypatch.setattr(torch, "empty_like", allocate)
         assert len(guarded) == 2  # out, lse
         for pool in guarded:

@@ -356,18 +356,14 @@ def kernel(
     sK = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)
     sV = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)
     sTile = smem.allocate_tensor(Int32, cute.make_layout((3 if ragged is None else 6, 2)), 16)
-    cluster = config.cluster if config.cluster > 1 else None
-    q_ring, t_ring = make_ring(smem, config.q_stages), make_ring(smem, 2)
-    k_ring, v_ring = make_ring(smem, config.stages, cluster), make_ring(smem, config.stages, cluster)
-    s = Shared(sQ, sK, sV, sTile, q_ring, k_ring, v_ring, t_ring)
+    rings = tuple(make_ring(smem, n) for n in (config.q_stages, config.stages, config.stages, 2))
+    s = Shared(sQ, sK, sV, sTile, *rings)
     if warp_idx == 0:
         with cute.arch.elect_one():
-            init_rings(
-                (q_ring, k_ring, v_ring, t_ring), config.tile_m // 16
-            )  # each consumer warp releases a slot once
+            init_rings(rings, config.tile_m // 16)  # consumer warps: each releases a slot once
         for x in (q, k, v, o):
             cpasync.prefetch_descriptor(x.atom)
-    sync(config)  # the mbarriers are there
+    cute.arch.barrier()  # the mbarriers are there
     if warp_idx < 4:
         cute.arch.setmaxregister_decrease(config.registers[0])
         if warp_idx == 0:
@@ -376,18 +372,6 @@ def kernel(
         cute.arch.setmaxregister_increase(config.registers[1])
         w = make_work(config, s, tiled_mma_qk, tiled_mma_pv, score, dropout)
         consume(config, sizes, ragged, s, w, o, mO, mLSE)
-    if const_expr(config.cluster > 1):
-        sync(config)  # shared memory outlives the arrivals of the other thread blocks
-
-
-@cute.jit
-def sync(config: cutlass.Constexpr):
-    """A barrier for all threads of a cluster."""
-    if const_expr(config.cluster > 1):
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
-    else:
-        cute.arch.barrier()
 
 
 kernel.set_name_prefix("mfa_fwd_sm90", remove_cutlass_symbol=True)
@@ -440,7 +424,7 @@ def launch_at(config: cutlass.Constexpr, call: Call, stream):
     longest = call.sizes.seqlen_q if const_expr(call.ragged is None) else call.ragged.longest
     if const_expr(config.short is None):
         launch_tiles(config, call, stream)
-    elif (longest <= config.short_seqlen) | (cute.ceil_div(longest, config.tile_m) % config.cluster != 0):
+    elif longest <= config.short_seqlen:
         launch_at(config.short, call, stream)
     else:
         launch_tiles(config, call, stream)
@@ -467,10 +451,8 @@ def launch_tiles(config: cutlass.Constexpr, call: Call, stream):
     sPiece_layout = hopper.make_smem_layout_b(
         LayoutEnum.ROW_MAJOR, (config.tile_m, config.piece, config.head_dim), dtype, 1
     )
-    g2c = cpasync.CopyBulkTensorTileG2SMulticastOp() if config.cluster > 1 else g2s
-    k, v = (make_tma(g2c, x, sPiece_layout, (config.piece, config.head_dim)) for x in (call.mK, call.mV))
+    k, v = (make_tma(g2s, x, sPiece_layout, (config.piece, config.head_dim)) for x in (call.mK, call.mV))
     o = make_tma(s2g, call.mO, sO_layout, (16, config.head_dim))
-    num_sms = call.num_sms // config.cluster * config.cluster
     kernel(
         config,
         call.sizes,
@@ -489,8 +471,7 @@ def launch_tiles(config: cutlass.Constexpr, call: Call, stream):
         sQ_layout,
         sKV_layout,
     ).launch(
-        grid=(cutlass.min(num_sms, num_tiles(config, call.sizes, call.ragged)), 1, 1),
-        cluster=(config.cluster, 1, 1) if config.cluster > 1 else None,
+        grid=(cutlass.min(call.num_sms, num_tiles(config, call.sizes, call.ragged)), 1, 1),
         block=(128 + 128 * config.wgs, 1, 1),
         min_blocks_per_mp=1,
         stream=stream,

@@ -27,7 +27,6 @@ from mini_flash_attention.kernels.sm90 import (
     Tma,
     load,
     load_pages,
-    load_together,
     look_up,
     release,
     zero_rows,
@@ -141,9 +140,7 @@ def produce(
         s.t_ring.wait_empty(t)  # the consumers have read what this slot said two tiles ago
         if lane == 0:
             announce(s, t, tile)
-            if const_expr(config.cluster > 1):  # its thread blocks need tiles of one head: they keep in step
-                drawn = number
-            elif total > grid:  # else each thread block has one tile, and there is no counter
+            if total > grid:  # else each thread block has one tile, and there is no counter
                 drawn = draw(schedule.counter)
         start, _, _, first = tile.sizes(sizes).walk(config, tile.m_block)
         pieces = look_up_keys(config, ragged, tile, k, start)
@@ -175,7 +172,7 @@ def produce(
     s.t_ring.wait_empty(t)
     if lane == 0:
         announce(s, t, Tile(Int32(-1), Int32(0), Int32(0)))
-        if const_expr(config.cluster == 1) and total > grid:
+        if total > grid:
             finished = draw(schedule.counter + 1)
             if finished == grid - 1:  # nobody draws any more: zero for the next launch
                 schedule.counter[0], schedule.counter[1] = Int32(0), Int32(0)
@@ -211,12 +208,10 @@ def load_keys(
 ):
     """Load one block of keys or values into use i of its ring."""
     head = tile.head // sizes.group
-    batch, start = tile.k_rows
     if const_expr(config.page > 0):
         load_pages(x, config.piece, pieces, head, sX, ring, i)
-    elif const_expr(config.cluster > 1):
-        load_together(config.cluster, x, n_block, head, batch, sX, ring, i)
     else:
+        batch, start = tile.k_rows
         load(x, start, n_block, head, batch, sX, ring, i)
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int16, Int32, Int64, const_expr
+from cutlass import Int32, Int64
 from cutlass.block import block_copy
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
@@ -32,7 +32,6 @@ class Ring(NamedTuple):
     full: cute.Pointer
     empty: cute.Pointer
     stages: int
-    cluster: int | None = None  # thread blocks that fill the slots together: all their consumers are meant
 
     def slot(self, i: Int32) -> Int32:
         return i % self.stages
@@ -45,8 +44,8 @@ class Ring(NamedTuple):
         cute.arch.mbarrier_wait(self.empty + self.slot(i), ((i // self.stages) & 1) ^ 1)
 
 
-def make_ring(smem: SmemAllocator, stages: int, cluster: int | None = None) -> Ring:
-    return Ring(smem.allocate_array(Int64, stages), smem.allocate_array(Int64, stages), stages, cluster)
+def make_ring(smem: SmemAllocator, stages: int) -> Ring:
+    return Ring(smem.allocate_array(Int64, stages), smem.allocate_array(Int64, stages), stages)
 
 
 @cute.jit
@@ -55,21 +54,17 @@ def init_rings(
 ):
     """By one thread, before a barrier of the thread block."""
     for ring in rings:
-        cluster = 1 if const_expr(ring.cluster is None) else ring.cluster
         for i in range(ring.stages):
             cute.arch.mbarrier_init(ring.full + i, producer_warps)
-            cute.arch.mbarrier_init(ring.empty + i, consumer_warps * cluster)
+            cute.arch.mbarrier_init(ring.empty + i, consumer_warps)
     cute.arch.mbarrier_init_fence()
 
 
 @cute.jit
 def release(ring: Ring, i: Int32, lane: Int32):
     """This warp is done with the slot of use i."""
-    if const_expr(ring.cluster is None):
-        if lane == 0:
-            cute.arch.mbarrier_arrive(ring.empty + ring.slot(i))
-    elif lane < ring.cluster:  # lane r tells thread block r of the cluster
-        cute.arch.mbarrier_arrive(ring.empty + ring.slot(i), lane)
+    if lane == 0:
+        cute.arch.mbarrier_arrive(ring.empty + ring.slot(i))
 
 
 @cute.jit
@@ -115,28 +110,6 @@ def load(
     gX = cute.local_tile(gX, tile, (row_block, 0))  # (rows, d)
     sX = sX[None, None, ring.slot(i)]  # (rows, d)
     block_copy(tma.atom, cute.group_modes(gX, 0, 2), cute.group_modes(sX, 0, 2), tma_bar_ptr=full)
-
-
-@cute.jit
-def load_together(
-    cluster: cutlass.Constexpr,
-    tma: Tma,
-    row_block: Int32,
-    head: Int32,
-    batch: Int32,
-    sX: cute.Tensor,
-    ring: Ring,
-    i: Int32,
-):
-    """`load` by all thread blocks of a cluster: each copies its part of the rows to all of them."""
-    full = expect(ring, i, sX)
-    rank = cute.arch.block_idx_in_cluster()
-    part = cute.size(sX, mode=[0]) // cluster, cute.size(sX, mode=[1])
-    gX = cute.local_tile(tma.tensor[None, None, head, batch], part, (row_block * cluster + rank, 0))
-    sX = cute.local_tile(sX[None, None, ring.slot(i)], part, (rank, 0))
-    sX, gX = cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
-    sX, gX = cpasync.tma_partition(tma.atom, 0, cute.make_layout(1), sX, gX)
-    cute.copy(tma.atom, gX, sX, tma_bar_ptr=full, mcast_mask=Int16(2**cluster - 1))
 
 
 class Pieces(NamedTuple):
