@@ -142,7 +142,7 @@ def step(
     return ok
 
 
-def walk(config, sizes: Sizes, w: Work, m_block: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+def walk_of(config, sizes: Sizes, w: Work, m_block: Int32) -> tuple[Int32, Int32, Int32, Int32]:
     """blocks.walk of this WG: (start, free_end, free_first, first)."""
     if config.staggered:
         return sizes.walk_of_wg(config, m_block, w.wg)
@@ -162,7 +162,7 @@ def later_blocks(
 ) -> Int32:
     """All steps of a tile after its first block, in at most two rounds. Returns the ring use reached.
 
-    ends: walk of m_block.
+    ends: walk_of m_block.
     """
     start, free_end, free_first, first = ends
     n_block, masked_end = start - 1, free_end
@@ -213,7 +213,9 @@ def skipped_blocks(config: cutlass.Constexpr, all_sizes: Sizes, w: Work, tile: T
 
 
 @cute.jit
-def wait_for_S(config: cutlass.Constexpr, s: Shared, w: Work, t: Int32, it: Int32, skipped: Int32) -> Int32:
+def wait_for_operands(
+    config: cutlass.Constexpr, s: Shared, w: Work, t: Int32, it: Int32, skipped: Int32
+) -> Int32:
     """The Q of tile t and the K of this WG's first block are there; returns that block's ring use.
 
     it: the ring use of the tile's first block. A slot that is skipped is not released before it was filled:
@@ -246,9 +248,9 @@ def skip_values(config: cutlass.Constexpr, s: Shared, w: Work, it: Int32, skippe
 def first_S(config: cutlass.Constexpr, s: Shared, w: Work, tile: Tile, t: Int32, it: Int32, skipped: Int32):
     """S of a tile's first block, where no other product can be issued with it."""
     if const_expr(tile.q is None):  # noqa: SIM114, only one of the conditions is known to the compiler
-        it = wait_for_S(config, s, w, t, it, skipped)
+        it = wait_for_operands(config, s, w, t, it, skipped)
     elif tile.m_block >= 0:  # a ragged batch may have fewer tiles than there are thread blocks
-        it = wait_for_S(config, s, w, t, it, skipped)
+        it = wait_for_operands(config, s, w, t, it, skipped)
     load_Q(config, s, w, t)
     issue_S(config, s, w, t, it)
     warpgroup.wait_group(0)
@@ -279,7 +281,7 @@ def consume(
         if const_expr(config.q_stages == 1):
             first_S(config, s, w, tile, t, it, skipped)
         sizes, m_block = tile.sizes(all_sizes), tile.m_block
-        ends = start, free_end, _, _ = walk(config, sizes, w, m_block)
+        ends = start, free_end, _, _ = walk_of(config, sizes, w, m_block)
         if const_expr("alibi" in config.score):
             w.slopes.fill(w.score.slopes[tile.batch, tile.head])
         if const_expr(config.dropout):
@@ -309,7 +311,7 @@ def consume(
         # the producer has finished.
         if const_expr(config.q_stages == 2):
             if tile_next.m_block >= 0:
-                it_next = wait_for_S(config, s, w, t + 1, it_next, skipped)
+                it_next = wait_for_operands(config, s, w, t + 1, it_next, skipped)
             load_Q(config, s, w, t + 1)
         s.v_ring.wait_full(it)
         my_turn(config, w.wg)
