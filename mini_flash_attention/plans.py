@@ -1,6 +1,5 @@
 """From a problem to the arguments that kernels share; for dispatch.py, decode.py and kvcache.py."""
 
-import functools
 import math
 from typing import Any
 
@@ -51,11 +50,20 @@ def argument(x: Tensor) -> Any:
 
 
 def unread(shape: tuple[int, ...], device: int) -> Any | None:
-    """For what a kernel writes and nobody reads: float32 memory that all calls share. None: too large."""
-    size = math.prod(shape)
-    return argument(_unread_memory(device)[:size].view(shape)) if size <= UNREAD else None
+    """For what a kernel writes and nobody reads: float32 memory that all calls share.
+
+    None: too large, or not there before a capture in which it cannot be made.
+    """
+    memory, size = _unread_memory(device), math.prod(shape)
+    return None if memory is None or size > UNREAD else argument(memory[:size].view(shape))
 
 
-@functools.cache
-def _unread_memory(device: int) -> Tensor:
-    return torch.empty(UNREAD, dtype=torch.float32, device=f"cuda:{device}")
+_unread: dict[int, Tensor] = {}
+
+
+def _unread_memory(device: int) -> Tensor | None:
+    if device not in _unread and not torch._C._cuda_isCurrentStreamCapturing():
+        memory = torch.empty(UNREAD, dtype=torch.float32, device=f"cuda:{device}")
+        torch.cuda.current_stream(device).synchronize()  # any stream may write to it from here on
+        _unread.setdefault(device, memory)
+    return _unread.get(device)

@@ -58,6 +58,10 @@ class Problem:
     def __hash__(self) -> int:
         return self._hash  # each call asks for it, to find its plan
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the hash, which another process would not compute alike."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def longest_q(self) -> int:
         return self.max_seqlen_q or self.seqlen_q
@@ -532,7 +536,7 @@ def _check_length(problem: Problem, length: int, k: Tensor | None, rotary_cos: T
 
 
 def _check_no_gradient(what: str, *tensors: Tensor | None) -> None:
-    """Where gradients are on, ValueError if one of the tensors requires one."""
+    """ValueError if one of the tensors requires a gradient; the caller knows that gradients are enabled."""
     for x in tensors:
         if x is not None and x.requires_grad:
             raise ValueError(

@@ -3,6 +3,9 @@
 Launches that may run at the same time must not share it. Those of one thread on one stream follow each
 other; those of two threads may alternate, so each thread has memory of its own for each stream. A captured
 launch may be replayed beside any other: it gets memory that nobody else uses.
+
+What is kept is kept for good, in the memory pool that is current when it is first needed. A stream's handle
+stands for the stream: PyTorch's live as long as the process.
 """
 
 import threading

@@ -62,6 +62,7 @@ def test_lengths(path: str, head_dim: int, options: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+# Not 1: dS is made from the 16-bit P, and with one head dim nothing averages its error out (docs/worklog.md).
 @pytest.mark.parametrize("head_dim", [2, 8, 40, 59, 72, 96, 104, 160, 192, 200, 224])
 def test_head_dims(path: str, head_dim: int, dtype: torch.dtype) -> None:
     for options in MASKS[:3]:

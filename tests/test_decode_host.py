@@ -391,7 +391,17 @@ def test_an_lse_that_nobody_wants_is_not_allocated(kernels: Kernels, monkeypatch
     assert plans.unread((1, 1, plans.UNREAD + 1), 0) is None
 
 
+def test_no_memory_is_made_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True, raising=False)
+    monkeypatch.setattr(plans, "_unread", {})
+    assert plans.unread((1, 2, 3), 0) is None
+    monkeypatch.setattr(plans, "_unread", {0: torch.empty(plans.UNREAD)})
+    assert plans.unread((1, 2, 3), 0).shape == (1, 2, 3)
+    assert plans.unread((1, 1, plans.UNREAD + 1), 0) is None
+
+
 def test_a_workspace_is_for_one_thread_and_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_kept", workspace._Kept())
     state = {"capturing": False, "stream": 1}
     for name, made in (
         ("_cuda_isCurrentStreamCapturing", lambda: state["capturing"]),

@@ -11,9 +11,11 @@ from torch import Tensor
 from mini_flash_attention import (
     api,
     counters,
+    dispatch,
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    plans,
 )
 from mini_flash_attention.philox import keep_mask
 
@@ -198,6 +200,18 @@ def test_nothing_is_written_outside_the_result(path: str, monkeypatch: pytest.Mo
         for pool in guarded:
             assert (pool[:4096] == 7).all() and (pool[-4096:] == 7).all()
         guarded.clear()
+
+
+def test_an_unwanted_lse_goes_where_nobody_reads(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = torch.full((8192 + plans.UNREAD,), 7.0, device="cuda")
+    monkeypatch.setitem(plans._unread, torch.cuda.current_device(), pool[4096:-4096])
+    dispatch.forward_plan.cache_clear()  # a plan holds a view of that memory
+    q = inputs(130, 50, heads_q=3, heads_k=3)[0]
+    flash_attn_func(q, q[:, :50], q[:, :50], causal=True)
+    dispatch.forward_plan.cache_clear()
+    written = q.shape[0] * q.shape[2] * q.shape[1]
+    assert (pool[:4096] == 7).all() and (pool[4096 + written :] == 7).all()
+    assert (pool[4096 : 4096 + written] != 7).all()
 
 
 def test_nan_stays_in_its_head(path: str) -> None:

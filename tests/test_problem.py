@@ -1,6 +1,7 @@
 """dense, varlen and cache: what they make of the arguments of a call, and every error they raise."""
 
 import itertools
+import pickle
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -28,6 +29,13 @@ KV = torch.zeros(2, 7, 3, 32)
 
 def dense(q: Tensor = Q, k: Tensor = KV, v: Tensor = KV, **options: Any) -> Problem:
     return problem.dense(q, k, v, **DEFAULTS | options)
+
+
+def test_another_process_computes_its_own_hash() -> None:
+    one = dense()
+    hash(one)
+    other = pickle.loads(pickle.dumps(one))
+    assert other == one and vars(other).keys() < vars(one).keys()
 
 
 def test_facts_of_a_call() -> None:
