@@ -394,11 +394,9 @@ def flash_attn_with_kvcache(
         update = CacheUpdate(k, v, *tables, bool(rotary_interleaved))
     if checks.enabled():
         checks.cache(problem, layout, cache_seqlens, update, k_cache.shape)
-    with_lse = return_softmax_lse
-    out, lse = kvcache.forward(
-        problem, q, k_cache, v_cache, cache_seqlens, layout, update, alibi_slopes, num_splits, with_lse
-    )
-    return (out, lse) if with_lse else out
+    tensors = q, k_cache, v_cache, cache_seqlens, layout, update, alibi_slopes
+    out, lse = kvcache.forward(problem, *tensors, num_splits, return_softmax_lse)
+    return (out, lse) if return_softmax_lse else out
 
 
 def _attention(

@@ -15,6 +15,7 @@ from mini_flash_attention import compile, config
 from mini_flash_attention.plans import (
     Score,
     dtype_name,
+    results,
     score_kind,
     score_numbers,
     simple,
@@ -42,7 +43,7 @@ class DecodePlan(NamedTuple):
     device: int
     lse: Tensor
     unread_lse: Any | None
-    workspace: Tensor  # what combine.partial says, all one element; with one split an element, not used
+    partial: Tensor  # what combine.partial says, all one element; with one split an element, not used
     score: Score
     window: tuple[int, int]
     num_splits: int
@@ -61,15 +62,9 @@ class DecodePlan(NamedTuple):
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, alibi_slopes, ragged, out, with_lse)
-        if out is None:
-            out = torch.empty_like(q)
-        lse = None if with_lse else self.unread_lse
-        if lse is None:
-            lse = torch.empty_like(self.lse)
-        memory = workspace(self.workspace, self.device) if self.num_splits > 1 else self.workspace
-        score = self.score
-        if alibi_slopes is not None:
-            score = with_slopes(score, alibi_slopes, ragged[-2])
+        out, lse = results(self, q, out, with_lse)
+        memory = workspace(self.partial, self.device) if self.num_splits > 1 else self.partial
+        score = self.score if alibi_slopes is None else with_slopes(self.score, alibi_slopes, q, ragged)
         left, right = self.window
         self.launch(q, k, v, out, lse, memory, score, left, right, ragged, self.num_splits, self.min_blocks)
         return out, lse if with_lse else None
@@ -94,11 +89,11 @@ def plan(problem: Problem, num_splits: int) -> DecodePlan:
     min_blocks = 1 if num_splits else MIN_BLOCKS
     num_splits = num_splits or choose_splits(problem, row, properties.multi_processor_count)
     head_dim = -(-problem.head_dim // config.ELEMENTS) * config.ELEMENTS
-    memory = element
+    partial = element
     if num_splits > 1:
-        memory = element.expand(num_splits * lse.numel() * (head_dim + 1))
+        partial = element.expand(num_splits * lse.numel() * (head_dim + 1))
     kernel = compile.get(row)
-    tensors = lse, unread(shape, device), memory
+    tensors = lse, unread(shape, device), partial
     return DecodePlan(kernel, simple(problem), device, *tensors, score, window, num_splits, min_blocks)
 
 

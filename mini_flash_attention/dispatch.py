@@ -1,7 +1,7 @@
 """Which backend serves a problem, and the call of its kernel."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from mini_flash_attention.plans import (
     argument,
     dtype_name,
     gpu_arch,
+    results,
     score_kind,
     score_numbers,
     simple,
@@ -167,14 +168,8 @@ class ForwardPlan(NamedTuple):
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, alibi_slopes, ragged, out, with_lse)
-        if out is None:
-            out = torch.empty_like(q)
-        lse = None if with_lse else self.unread_lse
-        if lse is None:
-            lse = torch.empty_like(self.lse)
-        score = self.score
-        if alibi_slopes is not None:
-            score = with_slopes(score, alibi_slopes, len(q) if ragged is None else ragged[-2])
+        out, lse = results(self, q, out, with_lse)
+        score = self.score if alibi_slopes is None else with_slopes(self.score, alibi_slopes, q, ragged)
         arguments = q, k, v, out, lse, score, *self.window, ragged, self.dropout, *self.schedule
         if self.scheduled:
             self.launch(*arguments, tile_counter(self.device))
@@ -242,9 +237,7 @@ class BackwardPlan(NamedTuple):
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 return self.run(dout, dlse, q, k, v, out, lse, alibi_slopes, ragged, dropout)
-        score = self.score
-        if alibi_slopes is not None:
-            score = with_slopes(score, alibi_slopes, len(q) if ragged is None else ragged[-2])
+        score = self.score if alibi_slopes is None else with_slopes(self.score, alibi_slopes, q, ragged)
         gradients = dq, dk, dv = [
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
         ]
@@ -368,12 +361,8 @@ def forward_ragged(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """What is not a plain dense call: packed tensors, pages, and all that needs a copy."""
-    result = out
-    if problem.packed_q:
-        q = q.unsqueeze(0)
-        result = None if out is None else out.unsqueeze(0)
-    if problem.packed_k:
-        k, v = k.unsqueeze(0), v.unsqueeze(0)
+    q, result = as_batches(problem.packed_q, q, out)
+    k, v = as_batches(problem.packed_k, k, v)
     if plan.launch is None:
         done, lse = empty_result(q)
     else:
@@ -392,11 +381,9 @@ def forward_ragged(
     return done.squeeze(0) if problem.packed_q else done, lse
 
 
-def as_batches(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def as_batches(packed: bool, *tensors: Tensor | None) -> Sequence[Tensor | None]:
     """Packed tensors as batches of one, which is how kernels take them."""
-    if not packed:
-        return tensors
-    return tuple(None if x is None else x.unsqueeze(0) for x in tensors)
+    return [None if x is None else x.unsqueeze(0) for x in tensors] if packed else tensors
 
 
 def for_kernels(problem: Problem, q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

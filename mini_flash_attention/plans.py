@@ -31,15 +31,24 @@ def score_numbers(problem: Problem) -> Score:
     return abs(problem.softmax_scale) or 1.0, problem.softcap or None, None
 
 
-def with_slopes(score: Score, alibi_slopes: Tensor, batch: int) -> Score:
+def with_slopes(score: Score, alibi_slopes: Tensor, q: Tensor, ragged: tuple | None) -> Score:
     """The same with a call's slopes, (batch, heads), of stride 0 where the batch shares them."""
-    slopes = alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes.expand(batch, -1)
-    return *score[:2], slopes
+    if alibi_slopes.ndim == 1:
+        alibi_slopes = alibi_slopes.expand(len(q) if ragged is None else ragged[-2], -1)
+    return *score[:2], alibi_slopes
 
 
 def simple(problem: Problem) -> bool:
     """Whether the kernels can take q, k and v as they are, if their strides allow it."""
     return problem.softmax_scale > 0 and problem.head_dim % config.ELEMENTS == 0
+
+
+def results(plan: Any, q: Tensor, out: Tensor | None, with_lse: bool) -> tuple[Tensor, Any]:
+    """Where a ForwardPlan or DecodePlan writes: `out` if given, and an LSE, nobody's unless `with_lse`."""
+    if out is None:
+        out = torch.empty_like(q)
+    lse = None if with_lse else plan.unread_lse
+    return out, torch.empty_like(plan.lse) if lse is None else lse
 
 
 def argument(x: Tensor) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mini_flash_attention import config
+from mini_flash_attention import config, dispatch, plans
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,14 @@ def skip_unless_it_runs(path: str, device: torch.device) -> None:
     arch = config.gpu_arch(torch.cuda.get_device_capability(device))
     if path not in config.paths(arch):
         pytest.skip(f"{path} does not run on {arch}")
+
+
+@pytest.fixture
+def memory_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What plans keep on a GPU is on the CPU, for tests that pretend to have one."""
+    for module in (dispatch, plans):
+        monkeypatch.setattr(module, "argument", lambda tensor: tensor)
+    monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))
 
 
 @pytest.fixture

@@ -240,7 +240,7 @@ class Kernels:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+def kernels(monkeypatch: pytest.MonkeyPatch, memory_of_the_cpu: None) -> Kernels:
     """An H100 with 4 SMs, whose memory is the CPU's."""
     kernels = Kernels()
     monkeypatch.setattr(dispatch, "choose", lambda device, forced: "cpu" if forced == "cpu" else "sm90")
@@ -251,9 +251,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(dispatch, "unused_counter", lambda device: torch.empty(2, dtype=torch.int32))
-    monkeypatch.setattr(dispatch, "argument", lambda tensor: tensor)
-    monkeypatch.setattr(plans, "argument", lambda tensor: tensor)
-    monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))
     for module, name in (
         (dispatch, "not_given"),
         (decode, "plan"),

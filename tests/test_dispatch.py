@@ -16,7 +16,6 @@ from mini_flash_attention import (
     dispatch,
     flash_attn_func,
     flash_attn_varlen_func,
-    plans,
     reference,
 )
 from mini_flash_attention.problem import Problem
@@ -131,7 +130,7 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def kernel(monkeypatch: pytest.MonkeyPatch, memory_of_the_cpu: None) -> Kernel:
     """An H100 with 4 SMs, whose memory is the CPU's."""
     kernel = Kernel()
     monkeypatch.setattr(dispatch, "choose", lambda device, forced: "sm90")
@@ -140,9 +139,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(dispatch, "tile_counter", lambda device: "a counter")
     monkeypatch.setattr(dispatch, "unused_counter", lambda device: NO_COUNTER)
-    monkeypatch.setattr(dispatch, "argument", lambda tensor: tensor)
-    monkeypatch.setattr(plans, "argument", lambda tensor: tensor)
-    monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))
     for name in ("not_given", "forward_plan"):
         monkeypatch.setattr(dispatch, name, getattr(dispatch, name).__wrapped__)
     return kernel

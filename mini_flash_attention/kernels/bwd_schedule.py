@@ -197,16 +197,16 @@ def find_order(config: cutlass.Constexpr, sizes: Sizes, swath: Int32) -> Order:
 
 
 @cute.jit
-def find_block_quickly(config: cutlass.Constexpr, sizes: Sizes, order: Order, tile: Int32) -> Block:
+def find_dense_block(config: cutlass.Constexpr, sizes: Sizes, order: Order, tile: Int32) -> Block:
     """find_block for a thread block of this number, of a dense batch."""
-    n_block, head_batch = in_order_quickly(config, sizes, order, tile)
+    n_block, head_batch = in_dense_order(config, sizes, order, tile)
     lengths = config.tile_m, config.tile_n, sizes.seqlen_q, sizes.seqlen_k
     first, last = query_blocks(n_block, *lengths, *sizes.window(config.mask))
     return uniform(Block(n_block, head_batch % order.heads_kv, head_batch // order.heads_kv, first, last))
 
 
 @cute.jit
-def in_order_quickly(config: cutlass.Constexpr, sizes: Sizes, order: Order, tile: Int32):
+def in_dense_order(config: cutlass.Constexpr, sizes: Sizes, order: Order, tile: Int32):
     n_block, head = tile % order.n_blocks, tile // order.n_blocks
     if const_expr(config.mask == "causal"):  # blocks.in_swaths
         s, rest = tile // order.swath_blocks, tile % order.swath_blocks

@@ -10,6 +10,17 @@ from mini_flash_attention.kernels.scores import Score, derivative
 
 
 @cute.jit
+def seed(acc: cute.Tensor, stat: cute.Tensor):
+    """acc[row, col] = stat[col]: the product comes out with the statistic of its query subtracted."""
+    X = rows_cols(acc)
+    values = cute.make_rmem_tensor(stat.shape, Float32)
+    cute.autovec_copy(stat, values)
+    for c in cutlass.range_constexpr(cute.size(X, mode=[1])):
+        for r in cutlass.range_constexpr(cute.size(X, mode=[0])):
+            X[r, c] = values[c]
+
+
+@cute.jit
 def exponentials(
     config: cutlass.Constexpr,
     score: Score,
@@ -33,7 +44,7 @@ def exponentials(
                 if const_expr("alibi" in config.score):
                     distance = Float32(distances[r]) - Float32((c // 2) * 8 + c % 2)
                     bias = slopes[r] * cute.arch.fmax(distance, -distance)
-                rows_cols(acc_F)[r, c] = P * derivative(config, score, S[r, c], bias)
+                rows_cols(acc_F)[r, c] = P * derivative(score, S[r, c], bias)
             S[r, c] = P
 
 

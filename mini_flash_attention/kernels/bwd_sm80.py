@@ -38,7 +38,7 @@ from mini_flash_attention.kernels.bwd_schedule import (
     turn,
     uniform,
 )
-from mini_flash_attention.kernels.bwd_scores import copy_marks, exponentials, finish_dS
+from mini_flash_attention.kernels.bwd_scores import copy_marks, exponentials, finish_dS, seed
 from mini_flash_attention.kernels.dropout import Dropout, keep, mark_transposed
 from mini_flash_attention.kernels.fragments import (
     as_operand_A,
@@ -48,6 +48,7 @@ from mini_flash_attention.kernels.fragments import (
     slice_of,
     store_rows,
     store_sequence,
+    transposed,
 )
 from mini_flash_attention.kernels.scores import LOG2_E, Score, in_log2, transform
 from mini_flash_attention.kernels.seqlen import Keys, Queries, Ragged, Sizes, sizes_of
@@ -103,6 +104,29 @@ class Smem(NamedTuple):
         return block.sizes(sizes)
 
 
+class Call(NamedTuple):
+    """What all thread blocks work on and with, but for shared memory."""
+
+    sizes: Sizes
+    swath: Int32
+    ragged: Ragged | None
+    scale: Float32
+    score: Score  # in_log2
+    dropout: Dropout | None
+    mQ: cute.Tensor
+    mK: cute.Tensor
+    mV: cute.Tensor
+    mdO: cute.Tensor
+    mStats: cute.Tensor
+    mdQacc: cute.Tensor
+    mdK: cute.Tensor
+    mdV: cute.Tensor
+    mTurns: cute.Tensor
+    tiled_mma: cute.TiledMma  # of a side
+    tiled_mma_dQ: cute.TiledMma
+    tiled_load: cute.TiledCopy
+
+
 class Loader(NamedTuple):
     """Where query blocks come from and go to."""
 
@@ -138,10 +162,6 @@ class Work(NamedTuple):
         """(key, query) of each element of acc_S, as rows and columns."""
         tile = cute.make_identity_tensor((config.tile_n, config.tile_m))
         return rows_cols(self.tiled_mma.get_slice(self.in_side(config)).partition_C(tile))
-
-
-def transposed(x: cute.Tensor) -> cute.Tensor:
-    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0]))
 
 
 @cute.jit
@@ -180,7 +200,7 @@ def columns(sStat: cute.Tensor, lane: Int32, first: int, count: int) -> cute.Ten
 
 
 @cute.jit
-def seed(config: cutlass.Constexpr, w: Work, at: Int32):
+def seed_or_clear(config: cutlass.Constexpr, w: Work, at: Int32):
     """acc_S <- the statistic of each query, so that S or dP comes out less it; 0 if that is too early.
 
     A score function comes before S - LSE, dropout before dP - delta.
@@ -191,13 +211,7 @@ def seed(config: cutlass.Constexpr, w: Work, at: Int32):
     else:
         if const_expr(any(too_early)):
             at = Int32(ZEROS) if (at & 1) == too_early.index(True) else at
-        stat = columns(w.smem.stats[None, at], opaque(w.tidx) % 32, 0, config.tile_m)
-        values = cute.make_rmem_tensor(stat.shape, Float32)
-        cute.autovec_copy(stat, values)
-        view = rows_cols(w.acc_S)
-        for r in cutlass.range_constexpr(cute.size(view, mode=[0])):
-            for c in cutlass.range_constexpr(cute.size(view, mode=[1])):
-                view[r, c] = values[c]
+        seed(w.acc_S, columns(w.smem.stats[None, at], opaque(w.tidx) % 32, 0, config.tile_m))
 
 
 @cute.jit
@@ -313,7 +327,7 @@ def masked_scores(config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32,
 
 
 @cute.jit
-def factor(
+def factor_of_dS(
     config: cutlass.Constexpr,
     sizes: Sizes,
     w: Work,
@@ -361,7 +375,7 @@ def probabilities(
             stat = columns(w.smem.stats[None, at], lane, 16 * k, 16)
             exponentials(config, w.score, S, stat, slopes, distances_of(config, sizes, w, query), acc_F)
         convert(S, P)
-        put(place, factor(config, sizes, w, left, query, P, acc_F), k)
+        put(place, factor_of_dS(config, sizes, w, left, query, P, acc_F), k)
         if const_expr(config.dropout):
             keep(P, P)
 
@@ -379,7 +393,7 @@ def step(config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32, m_block:
     p = operand_A(w.tiled_mma, w.smem.dS[None, None, at >> 1])
     p = Operand(w.P, p.copy, p.sX, p.chunk_bits)
     in_side, pair = w.in_side(config), 1 + w.in_side(config) // 32
-    seed(config, w, at)
+    seed_or_clear(config, w, at)
     a = operand_A(w.tiled_mma, w.smem.KV[None, None, at & 1])
     gemm(w.tiled_mma, w.acc_S, a, operand_B(w.tiled_mma, X, transpose=False), in_side)
     if (at & 1) == 0:
@@ -401,30 +415,10 @@ def step(config: cutlass.Constexpr, sizes: Sizes, w: Work, left: Int32, m_block:
 
 
 @cute.jit
-def accumulate(
-    config: cutlass.Constexpr,
-    sizes: Sizes,
-    block: Block,
-    scale: Float32,
-    score: Score,
-    dropout: Dropout | None,
-    mQ: cute.Tensor,
-    mK: cute.Tensor,
-    mV: cute.Tensor,
-    mdO: cute.Tensor,
-    mStats: cute.Tensor,
-    mdQacc: cute.Tensor,
-    mdK: cute.Tensor,
-    mdV: cute.Tensor,
-    mTurns: cute.Tensor,
-    tiled_mma: cute.TiledMma,
-    tiled_mma_dQ: cute.TiledMma,
-    tiled_load: cute.TiledCopy,
-    layouts: tuple,
-):
+def accumulate(config: cutlass.Constexpr, c: Call, block: Block, layouts: tuple):
     """All that a thread block does."""
     tidx, _, _ = cute.arch.thread_idx()
-    allocator, dtype = SmemAllocator(), mQ.element_type
+    allocator, dtype = SmemAllocator(), c.mQ.element_type
     tiles = [allocator.allocate_tensor(dtype, x.outer, 1024, swizzle=x.inner) for x in layouts]
     stats = cute.make_layout((config.tile_m, config.stats))
     stats = allocator.allocate_tensor(Float32, stats, 128)
@@ -434,76 +428,76 @@ def accumulate(
     numbers = cute.make_layout(config.block_numbers)
     smem = Smem(*tiles, stats, allocator.allocate_tensor(Int32, numbers))
     smem.keep_block(block)
-    x = Loader(tiled_load, mQ, mdO, mStats, smem, tidx)
+    x = Loader(c.tiled_load, c.mQ, c.mdO, c.mStats, smem, tidx)
 
     side = cute.arch.make_warp_uniform(tidx // (16 * config.warps))
-    thr_mma = tiled_mma.get_slice(tidx % (16 * config.warps))
+    thr_mma = c.tiled_mma.get_slice(tidx % (16 * config.warps))
     acc_S, acc = (
         cute.make_rmem_tensor(thr_mma.partition_shape_C((config.tile_n, columns)), Float32)
         for columns in (config.tile_m, config.head_dim)
     )
-    acc_dQ = tiled_mma_dQ.get_slice(0).partition_shape_C((config.tile_m, config.head_dim))
+    acc_dQ = c.tiled_mma_dQ.get_slice(0).partition_shape_C((config.tile_m, config.head_dim))
     w = Work(
-        tiled_mma,
-        tiled_mma_dQ,
+        c.tiled_mma,
+        c.tiled_mma_dQ,
         smem,
         acc_S,
         acc,
         cute.make_rmem_tensor(acc_dQ, Float32),
         cute.make_rmem_tensor(as_operand_A(acc_S).shape, dtype),
-        mdQacc,
-        mTurns,
-        score,
-        dropout,
+        c.mdQacc,
+        c.mTurns,
+        c.score,
+        c.dropout,
         tidx,
     )
 
     batch_k, start_k = block.k_rows
-    for i, mX in ((K, mK), (V, mV)):
+    for i, mX in ((K, c.mK), (V, c.mV)):
         gX = mX[batch_k, None, block.head_kv, None]  # (sk, d)
         if const_expr(config.ragged):
             gX = cute.domain_offset((start_k, 0), gX)
         gX = cute.local_tile(gX, (config.tile_n, config.head_dim), (block.n_block, 0))
-        rows = block.sizes(sizes).seqlen_k - block.n_block * config.tile_n
-        load_tile(tiled_load, gX, smem.KV[None, None, i], rows, mX.shape[3], tidx)
+        rows = block.sizes(c.sizes).seqlen_k - block.n_block * config.tile_n
+        load_tile(c.tiled_load, gX, smem.KV[None, None, i], rows, mX.shape[3], tidx)
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()  # bwd_delta is done
-    left = sizes.group if block.first < block.last else Int32(0)
+    left = c.sizes.group if block.first < block.last else Int32(0)
     m_block, at = block.first, side
     for ahead in cutlass.range_constexpr(2):
         next_left, next_block = following(smem, left, m_block, ahead)
         if next_left > 0:
-            load_queries(config, x, head_of(sizes, smem, next_left), next_block, Int32(ahead))
+            load_queries(config, x, head_of(c.sizes, smem, next_left), next_block, Int32(ahead))
         cute.arch.cp_async_commit_group()
     acc.fill(0.0)
     arrive(1)  # K, V and the first query block are here
     while left > 0:
-        step(config, sizes, w, left, m_block, at)
+        step(config, c.sizes, w, left, m_block, at)
         arrive(0)  # dS is complete, the next query block here, and nobody reads this one any more
         next_left, next_block = following(smem, left, m_block, 2)
         if next_left > 0:
-            load_queries(config, x, head_of(sizes, smem, next_left), next_block, at >> 1)
+            load_queries(config, x, head_of(c.sizes, smem, next_left), next_block, at >> 1)
         cute.arch.cp_async_commit_group()
         left, m_block = following(smem, left, m_block, 1)
         at = at ^ 2
     block = smem.find_block()
     if block.first < block.last:
-        add_dQ(config, sizes, w, left, m_block, 1 - (at >> 1))
+        add_dQ(config, c.sizes, w, left, m_block, 1 - (at >> 1))
 
     rc = w.coords(config)
     rows = cute.make_rmem_tensor(cute.size(rc, mode=[0]), Int32)
     for r in cutlass.range_constexpr(cute.size(rows)):
         rows[r] = block.n_block * config.tile_n + rc[r, 0][0]
-    of_dV = dropout.rescale if const_expr(config.dropout) else Float32(1.0)
-    factor = of_dV if (at & 1) == 0 else scale
+    of_dV = c.dropout.rescale if const_expr(config.dropout) else Float32(1.0)
+    rescale = of_dV if (at & 1) == 0 else c.scale
     for i in cutlass.range_constexpr(cute.size(acc)):
-        acc[i] = acc[i] * factor
+        acc[i] = acc[i] * rescale
     out = cute.make_rmem_tensor(acc.shape, dtype)
     convert(acc, out)
     if (at & 1) == 0:
-        store(config, block, out, mdV, rows, tidx % 32)
+        store(config, block, out, c.mdV, rows, tidx % 32)
     else:
-        store(config, block, out, mdK, rows, tidx % 32)
+        store(config, block, out, c.mdK, rows, tidx % 32)
 
 
 @cute.jit
@@ -520,35 +514,12 @@ def store(
 
 
 @cute.kernel
-def kernel(
-    config: cutlass.Constexpr,
-    sizes: Sizes,
-    swath: Int32,
-    ragged: Ragged | None,
-    scale: Float32,
-    score: Score,
-    dropout: Dropout | None,
-    mQ: cute.Tensor,
-    mK: cute.Tensor,
-    mV: cute.Tensor,
-    mdO: cute.Tensor,
-    mStats: cute.Tensor,
-    mdQacc: cute.Tensor,
-    mdK: cute.Tensor,
-    mdV: cute.Tensor,
-    mTurns: cute.Tensor,
-    tiled_mma: cute.TiledMma,
-    tiled_mma_dQ: cute.TiledMma,
-    tiled_load: cute.TiledCopy,
-    layouts: tuple,
-):
-    block = uniform(find_block(config, sizes, ragged, swath))
-    tensors = mQ, mK, mV, mdO, mStats, mdQacc, mdK, mdV, mTurns
-    given = scale, score, dropout, *tensors, tiled_mma, tiled_mma_dQ, tiled_load, layouts
+def kernel(config: cutlass.Constexpr, c: Call, layouts: tuple):
+    block = uniform(find_block(config, c.sizes, c.ragged, c.swath))
     if const_expr(not config.ragged):  # noqa: SIM114, only one of the conditions is known to the compiler
-        accumulate(config, sizes, block, *given)
+        accumulate(config, c, block, layouts)
     elif block.n_block >= 0:
-        accumulate(config, sizes, block, *given)
+        accumulate(config, c, block, layouts)
     elif const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()  # convert_dQ waits for this kernel alone, but needs bwd_delta
 
@@ -645,28 +616,11 @@ def launch(
     tiled_mma_dQ = make_tiled_mma(dtype, config.warps_m, config.warps // config.warps_m)
     bwd_delta.launch(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, score, ragged, has_dlse, stream)
     threads = 32 * config.warps
-    kernel(
-        config,
-        sizes,
-        find_swath(config, sizes, ragged),
-        ragged,
-        score.scale,
-        in_log2(config, score),
-        dropout,
-        mQ,
-        mK,
-        mV,
-        mdO,
-        mStats,
-        mdQacc,
-        mdK,
-        mdV,
-        mTurns,
-        make_tiled_mma(dtype, config.warps // 2),
-        tiled_mma_dQ,
-        make_tiled_load(dtype, threads, d),
-        layouts,
-    ).launch(
+    tensors = mQ, mK, mV, mdO, mStats, mdQacc, mdK, mdV, mTurns
+    tiled = make_tiled_mma(dtype, config.warps // 2), tiled_mma_dQ, make_tiled_load(dtype, threads, d)
+    scores, swath = (score.scale, in_log2(config, score), dropout), find_swath(config, sizes, ragged)
+    call = Call(sizes, swath, ragged, *scores, *tensors, *tiled)
+    kernel(config, call, layouts).launch(
         grid=(num_blocks(config, sizes, ragged), 1, 1),
         block=(threads, 1, 1),
         stream=stream,

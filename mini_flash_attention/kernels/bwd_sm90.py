@@ -28,7 +28,7 @@ from mini_flash_attention.kernels.bwd_schedule import (
     Block,
     Order,
     find_block,
-    find_block_quickly,
+    find_dense_block,
     find_order,
     find_swath,
     num_blocks,
@@ -64,10 +64,9 @@ from mini_flash_attention.kernels.bwd_sm90_parts import (
     store_rows_of,
     store_tile,
     thread_stats,
-    transposed,
 )
 from mini_flash_attention.kernels.dropout import Dropout
-from mini_flash_attention.kernels.fragments import as_operand_A, convert
+from mini_flash_attention.kernels.fragments import as_operand_A, convert, transposed
 from mini_flash_attention.kernels.scores import Score, in_log2
 from mini_flash_attention.kernels.seqlen import Ragged, Sizes, sizes_of
 from mini_flash_attention.kernels.sm90 import Tma, init_rings, make_ring, make_tma, release, wgmma
@@ -413,7 +412,7 @@ def kernel(
     if const_expr(config.ragged):
         block = find_block(config, sizes, ragged, swath)
     elif const_expr(not config.persistent):
-        block = find_block_quickly(config, sizes, order, cute.arch.block_idx()[0])
+        block = find_dense_block(config, sizes, order, cute.arch.block_idx()[0])
     if warp_idx != LOAD_WARP:
         cute.arch.barrier(barrier_id=START, number_of_threads=THREADS)  # the mbarriers are there
     cute.arch.griddepcontrol_launch_dependents()  # bwd_convert may start: it waits for this kernel

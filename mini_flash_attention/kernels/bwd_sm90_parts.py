@@ -13,13 +13,13 @@ from mini_flash_attention.kernels.arguments import element_type
 from mini_flash_attention.kernels.bwd_schedule import (
     Block,
     Order,
-    find_block_quickly,
+    find_dense_block,
     pass_turn,
     turn,
     wait_turn,
 )
 from mini_flash_attention.kernels.dropout import Dropout, keep, mark_transposed
-from mini_flash_attention.kernels.fragments import convert, rows_cols, store_rows, store_sequence
+from mini_flash_attention.kernels.fragments import convert, rows_cols, store_rows, store_sequence, transposed
 from mini_flash_attention.kernels.scores import LOG2_E, Score, transform
 from mini_flash_attention.kernels.seqlen import Sizes
 from mini_flash_attention.kernels.sm90 import Ring, Tma, commit, load, reduce_add, release, wgmma, zero_rows
@@ -86,12 +86,7 @@ class Call(NamedTuple):
 
     def block(self, config, tile: Int32) -> Block:
         """The tile of this number, of a dense batch."""
-        return find_block_quickly(config, self.sizes, self.order, tile)
-
-
-def transposed(sX: cute.Tensor) -> cute.Tensor:
-    """The same memory, with the first two modes exchanged."""
-    return cute.make_tensor(sX.iterator, cute.select(sX.layout, mode=[1, 0, *range(2, cute.rank(sX))]))
+        return find_dense_block(config, self.sizes, self.order, tile)
 
 
 @cute.jit
@@ -327,17 +322,6 @@ def clear_queries(config: cutlass.Constexpr, sizes: Sizes, s: Shared, it: Int32,
 
 
 @cute.jit
-def seed(acc: cute.Tensor, stat: cute.Tensor):
-    """acc[row, col] = stat[col]: the product comes out with the statistic of its query subtracted."""
-    X = rows_cols(acc)
-    values = cute.make_rmem_tensor(stat.shape, Float32)
-    cute.autovec_copy(stat, values)
-    for c in cutlass.range_constexpr(cute.size(X, mode=[1])):
-        for r in cutlass.range_constexpr(cute.size(X, mode=[0])):
-            X[r, c] = values[c]
-
-
-@cute.jit
 def mask(config: cutlass.Constexpr, sizes: Sizes, acc_S: cute.Tensor, key: Int32, query: Int32):
     """acc_S <- -inf where a query may not see a key; key, query: this thread's first row and column.
 
@@ -392,7 +376,7 @@ def issue_S(
 ):
     """acc_S = K·Qᵀ; plain scores come out with the LSE subtracted."""
     if const_expr(config.score == "plain"):
-        seed(acc_S, stat)
+        bwd_scores.seed(acc_S, stat)
     wgmma(tiled_mma, acc_S, tSrK, tSrQ, config.score == "plain")
 
 
@@ -462,7 +446,7 @@ def issue_dP(
 ):
     """acc_dP = V·dOᵀ, with delta subtracted where nothing is dropped before."""
     if const_expr(not config.dropout):
-        seed(acc_dP, stat)
+        bwd_scores.seed(acc_dP, stat)
     wgmma(tiled_mma, acc_dP, tdPrV, tdPrdO, not config.dropout)
 
 

@@ -36,10 +36,9 @@ from mini_flash_attention.kernels.bwd_sm90_parts import (
     store_rows_of,
     store_tile,
     thread_stats,
-    transposed,
 )
 from mini_flash_attention.kernels.dropout import Dropout
-from mini_flash_attention.kernels.fragments import as_operand_A, convert
+from mini_flash_attention.kernels.fragments import as_operand_A, convert, transposed
 from mini_flash_attention.kernels.seqlen import Sizes
 from mini_flash_attention.kernels.sm90 import commit, release, wgmma
 

@@ -18,7 +18,7 @@ from cutlass.tensor_utils import LayoutEnum
 
 from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.kernels import arguments, combine
-from mini_flash_attention.kernels.fragments import as_operand_A, convert, rows_cols
+from mini_flash_attention.kernels.fragments import as_operand_A, convert, rows_cols, transposed
 from mini_flash_attention.kernels.scores import Score, scale_log2, transform
 from mini_flash_attention.kernels.seqlen import Keys, Queries, Ragged, clamp, keys, queries
 from mini_flash_attention.kernels.sm80 import Operand, gemm, make_tiled_load, make_tiled_mma, operand_B
@@ -214,7 +214,7 @@ def step(config: cutlass.Constexpr, call: Call, x: Loader, w: Work, block: Int32
     arrive(config)
     load(config, x, (ahead + 1) % 2, block + (ahead + 1) // 2, slot)
     sV = x.ring.chunk(slot_V)
-    sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0]))  # (d, chunk)
+    sVt = transposed(sV)  # (d, chunk)
     gemm(w.tiled_mma, w.acc_O, w.p, operand_B(w.tiled_mma, sVt, transpose=True), x.lane)
     return x.ring.after(slot_V)
 

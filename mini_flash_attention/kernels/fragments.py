@@ -37,6 +37,11 @@ def as_operand_A(acc: cute.Tensor) -> cute.Tensor:
     )
 
 
+def transposed(x: cute.Tensor) -> cute.Tensor:
+    """The same memory, with the first two modes exchanged."""
+    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, *range(2, cute.rank(x))]))
+
+
 def slice_of(x: cute.Tensor, k: int) -> cute.Tensor:
     """Slice k of an A operand, 16 columns: ((2, 2, 2), M, 1)."""
     s, d = x.layout.shape, x.layout.stride

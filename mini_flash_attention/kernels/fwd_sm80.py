@@ -24,6 +24,7 @@ from mini_flash_attention.kernels.fragments import (
     rescale,
     rows_cols,
     store_sequence,
+    transposed,
 )
 from mini_flash_attention.kernels.mask import mask
 from mini_flash_attention.kernels.scheduler import (
@@ -227,7 +228,7 @@ def attend(
     sQ = smem.allocate_tensor(dtype, sQ_layout.outer, 1024, swizzle=sQ_layout.inner)[None, None, 0]
     sK = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)[None, None, 0]
     sV = smem.allocate_tensor(dtype, sKV_layout.outer, 1024, swizzle=sKV_layout.inner)[None, None, 0]
-    sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0]))  # (d, tile_n)
+    sVt = transposed(sV)  # (d, tile_n)
     tile_q = (config.tile_m, config.head_dim)
     (batch_q, start_q), (batch_k, start_k) = tile.q_rows, tile.k_rows
     gQ = cute.domain_offset((start_q, 0), mQ[batch_q, None, tile.head, None])  # (sq, d)

@@ -9,7 +9,7 @@ from cutlass.block import block_copy
 from cutlass.cute.nvgpu import warp
 
 from mini_flash_attention.kernels.dropout import Dropout, rescale_sums
-from mini_flash_attention.kernels.fragments import as_operand_A, convert, rescale, store_sequence
+from mini_flash_attention.kernels.fragments import as_operand_A, convert, rescale, store_sequence, transposed
 from mini_flash_attention.kernels.scheduler import (
     Schedule,
     Tile,
@@ -91,7 +91,7 @@ def make_work(
     else:
         tSrQ = wg_qk.make_fragment_A(wg_qk.partition_A(s.sQ))
     # (d, tile_n, stages)
-    sVt = cute.make_tensor(s.sV.iterator, cute.select(s.sV.layout, mode=[1, 0, 2]))
+    sVt = transposed(s.sV)
     offset, row_sum, sums, slopes = (cute.make_rmem_tensor(2, Float32) for _ in range(4))
     return Work(
         wg=wg,

@@ -62,7 +62,7 @@ def transform(
 
 
 @cute.jit
-def derivative(config: cutlass.Constexpr, score: Score, s: Float32, bias: Float32) -> Float32:
+def derivative(score: Score, s: Float32, bias: Float32) -> Float32:
     """That of the softcap, where the score is s (masked, -inf: 0); bias: what ALiBi has taken from it."""
     capped = cute.arch.fmax(s + bias, -score.softcap)
     tanh = capped * cute.arch.rcp_approx(score.softcap)
