@@ -1,8 +1,9 @@
-"""Where a persistent kernel's thread blocks draw their tiles: two int32, zero before and after a launch.
+"""What the thread blocks of a launch count together: int32 in GPU memory, zero before and after each launch.
 
-Launches that may run at the same time must not share one. Launches on one stream follow each other,
-so each stream has a counter of its own. A captured launch may be replayed on any stream, beside any
-other: it gets one that nobody else uses.
+A persistent kernel draws its tiles from two of them; in a decode, each tile has one for its splits. Launches
+that may run at the same time must not share them. Launches on one stream follow each other, so each stream
+has its own. A captured launch may be replayed on any stream, beside any other: it gets some that nobody else
+uses, from a stock, as nothing can be zeroed ahead in a capture.
 """
 
 import functools
@@ -11,48 +12,52 @@ import threading
 import torch
 from torch import Tensor
 
-POOL_ROWS = 4096
+STOCK = 2**17  # of a device, for captured launches
 
 _lock = threading.Lock()
 _of_stream: dict[tuple[int, int], Tensor] = {}
-_unused: dict[int, list[Tensor]] = {}  # device -> counters made and zeroed, but not given away
+_stock: dict[int, Tensor] = {}  # device -> those not given away
 _captured: list[Tensor] = []  # kept for as long as graphs may use them: for good
 
 
 def tile_counter(device: int) -> Tensor:
-    """A counter for a launch on the device's current stream."""
+    """Two counters for a launch on the device's current stream."""
     if torch._C._cuda_isCurrentStreamCapturing():
-        return _counter_for_capture(device)
+        return for_capture(device, 2)
     stream = torch._C._cuda_getCurrentRawStream(device)
     counter = _of_stream.get((device, stream))
-    return _counter_for_stream(device, stream) if counter is None else counter
+    if counter is None:
+        counter = _of_stream.setdefault((device, stream), for_stream(device, 2))
+    return counter
 
 
 @functools.cache
 def unused_counter(device: int) -> Tensor:
-    """For launches that draw no tiles: neither read nor written."""
+    """For launches that count nothing: neither read nor written."""
     return torch.empty(2, dtype=torch.int32, device=f"cuda:{device}")
 
 
-def _counter_for_stream(device: int, stream: int) -> Tensor:
+def for_stream(device: int, count: int) -> Tensor:
+    """New counters for all launches on the device's current stream; with the first ones comes the stock."""
     with _lock:
-        unused = _unused.setdefault(device, [])
-        if not unused:
-            pool = torch.zeros(POOL_ROWS, 2, dtype=torch.int32, device=f"cuda:{device}")
+        if device not in _stock:
+            _stock[device] = _zeros(device, STOCK)
             torch.cuda.current_stream(device).synchronize()  # any stream may use them from here on
-            unused.extend(pool.unbind())
-        return _of_stream.setdefault((device, stream), unused.pop())
+    return _zeros(device, count)
 
 
-def _counter_for_capture(device: int) -> Tensor:
-    """Nothing can be zeroed ahead in a capture: if no counter is left, each replay zeroes one.
-
-    The counters last for POOL_ROWS captured launches, if an eager one came first.
-    """
+def for_capture(device: int, count: int) -> Tensor:
+    """New counters for a captured launch: if the stock has too few, each replay zeroes them."""
+    count = -(-count // 4) * 4  # what is left begins at a multiple of 16 bytes again
     with _lock:
-        if _unused.get(device):
-            counter = _unused[device].pop()
+        stock = _stock.get(device)
+        if stock is None or len(stock) < count:
+            counters = _zeros(device, count)
         else:
-            counter = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device}")
-        _captured.append(counter)
-        return counter
+            counters, _stock[device] = stock[:count], stock[count:]
+        _captured.append(counters)
+        return counters
+
+
+def _zeros(device: int, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import compile, config
+from mini_flash_attention.counters import unused_counter
 from mini_flash_attention.plans import (
+    ContiguousQ,
     Score,
+    contiguous_q,
     dtype_name,
     results,
     score_kind,
@@ -23,13 +26,14 @@ from mini_flash_attention.plans import (
     with_slopes,
 )
 from mini_flash_attention.problem import MAX_SPLITS, Problem
-from mini_flash_attention.workspace import workspace
+from mini_flash_attention.workspace import COUNTERS, workspace
 
 MIN_BLOCKS = 4  # key blocks of a split: fewer take less time than a thread block's start and end
 MAX_BLOCKS = 128  # beyond, a long sequence among short ones would have too few thread blocks
 # In blocks' time (64 keys of head dim 128: 3 µs, as an H100's memory has many thread blocks to serve):
 START = 0.5  # of a thread block, until its first keys are there
 COMBINE = 1.0  # launching the combine kernel
+FUSED_ROUNDS = 2  # in which a thread block merges the splits of its tile, at most
 # TFLOP/s that mma.sync and wgmma reach on an H100 (docs/worklog.md).
 MMA_RATE, WGMMA_RATE = 350, 650
 FORWARD_TILE_M = 128
@@ -39,8 +43,9 @@ class DecodePlan(NamedTuple):
     """A kernel and the numbers it takes, for all calls of one problem; used like dispatch.ForwardPlan."""
 
     launch: Callable | None  # None: nothing to compute
-    simple: bool  # these three as in ForwardPlan
+    simple: bool  # these five as in ForwardPlan
     device: int
+    contiguous_q: ContiguousQ
     lse: Tensor
     unread_lse: Any | None
     partial: Tensor  # what combine.partial says, all one element; with one split an element, not used
@@ -48,6 +53,8 @@ class DecodePlan(NamedTuple):
     window: tuple[int, int]
     num_splits: int
     min_blocks: int
+    fused: int  # 1: the decode kernel merges the splits, 0: the combine kernel does
+    tiles: int  # fused: each of them has a counter
 
     def run(
         self,
@@ -63,10 +70,13 @@ class DecodePlan(NamedTuple):
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, alibi_slopes, ragged, out, with_lse)
         out, lse = results(self, q, out, with_lse)
-        memory = workspace(self.partial, self.device) if self.num_splits > 1 else self.partial
+        memory, counters = self.partial, unused_counter(self.device)
+        if self.num_splits > 1:
+            memory, counters = workspace(self.partial, self.tiles, self.device)
         score = self.score if alibi_slopes is None else with_slopes(self.score, alibi_slopes, q, ragged)
         left, right = self.window
-        self.launch(q, k, v, out, lse, memory, score, left, right, ragged, self.num_splits, self.min_blocks)
+        splits = self.num_splits, self.min_blocks, self.fused, counters
+        self.launch(q, k, v, out, lse, memory, score, left, right, ragged, *splits)
         return out, lse if with_lse else None
 
 
@@ -77,24 +87,26 @@ def plan(problem: Problem, num_splits: int) -> DecodePlan:
     element = torch.empty(1, dtype=torch.float32, device=problem.device)
     shape = 1 if problem.packed_q else problem.batch, problem.heads_q, problem.seqlen_q
     lse = element.expand(shape)
-    score = score_numbers(problem)
+    like, score = contiguous_q(problem), score_numbers(problem)
     window = (
         problem.seqlen_k if problem.window_left is None else problem.window_left,
         problem.seqlen_q if problem.window_right is None else problem.window_right,
     )
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return DecodePlan(None, False, device, lse, None, element, score, window, 1, 1)
+        return DecodePlan(None, False, device, like, lse, None, element, score, window, 1, 1, 0, 0)
     properties = torch.cuda.get_device_properties(device)
     row = decode_config(problem, config.gpu_arch((properties.major, properties.minor)))
     min_blocks = 1 if num_splits else MIN_BLOCKS
     num_splits = num_splits or choose_splits(problem, row, properties.multi_processor_count)
-    head_dim = -(-problem.head_dim // config.ELEMENTS) * config.ELEMENTS
     partial = element
     if num_splits > 1:
-        partial = element.expand(num_splits * lse.numel() * (head_dim + 1))
+        partial = element.expand(num_splits * lse.numel() * (like[0][-1] + 1))
+    tiles = problem.heads_k * tiles_of(problem, problem.group, row.tile_m)
+    fused = num_splits > 1 and tiles <= COUNTERS and fuses(problem, row, num_splits)
     kernel = compile.get(row)
-    tensors = lse, unread(shape, device), partial
-    return DecodePlan(kernel, simple(problem), device, *tensors, score, window, num_splits, min_blocks)
+    tensors = like, lse, unread(shape, device), partial
+    splits = num_splits, min_blocks, int(fused), tiles if fused else 0
+    return DecodePlan(kernel, simple(problem), device, *tensors, score, window, *splits)
 
 
 def decode_config(problem: Problem, arch: str) -> config.Decode:
@@ -115,6 +127,18 @@ def choose_splits(problem: Problem, row: config.Decode, num_sms: int) -> int:
     tiles = problem.heads_k * tiles_of(problem, problem.group, row.tile_m)
     blocks = -(-problem.seqlen_k // row.tile_n)
     return best_splits(tiles, min(rows, row.tile_m) / row.tile_n, blocks, num_sms, row.resident)
+
+
+def fuses(problem: Problem, row: config.Decode, num_splits: int) -> bool:
+    """Whether the thread block of a tile that is done last merges its splits faster than the combine kernel.
+
+    It saves a launch, but has only its own warps, a row for each, and an SM's share of the memory's speed.
+    Packed queries may lie in more tiles than the host knows of.
+    """
+    if problem.packed_q or not row.fuses:
+        return False
+    rows = min(problem.longest_q * problem.group, row.tile_m)
+    return -(-rows // row.warps) * -(-num_splits // row.merged_splits) <= FUSED_ROUNDS
 
 
 def best_splits(tiles: int, rows: float, blocks: int, num_sms: int, resident: int) -> int:

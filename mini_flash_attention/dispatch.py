@@ -12,8 +12,10 @@ from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.counters import tile_counter, unused_counter
 from mini_flash_attention.philox import kernel_arguments
 from mini_flash_attention.plans import (
+    ContiguousQ,
     Score,
     argument,
+    contiguous_q,
     dtype_name,
     gpu_arch,
     results,
@@ -147,6 +149,7 @@ class ForwardPlan(NamedTuple):
     launch: Callable | None  # None: nothing to compute
     simple: bool  # q, k and v can be used as they are, if their strides allow it
     device: int
+    contiguous_q: ContiguousQ
     lse: Tensor  # (batch, heads, seqlen_q), all one element: empty_like is the cheapest allocation
     unread_lse: Any | None  # memory for one that nobody wants
     score: Score
@@ -189,9 +192,9 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
     sequences = 1 if problem.packed_q else problem.batch
     shape = sequences, problem.heads_q, problem.seqlen_q
     lse = torch.empty((), dtype=torch.float32, device=problem.device).expand(shape)
-    score, window = score_numbers(problem), window_numbers(problem)
+    score, window, like = score_numbers(problem), window_numbers(problem), contiguous_q(problem)
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return ForwardPlan(None, False, device, lse, None, score, window, (), False)
+        return ForwardPlan(None, False, device, like, lse, None, score, window, (), False)
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
     if problem.ragged and not problem.dropout_p and decode.pays(problem, path, num_sms):
@@ -207,7 +210,7 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
         scheduled = m_blocks * problem.heads_q > num_sms  # else it draws nothing, and any address will do
         schedule = (*schedule, num_sms) if scheduled else (*schedule, num_sms, unused_counter(device))
     kernel = compile.get(row)
-    tensors = lse, unread(shape, device)
+    tensors = like, lse, unread(shape, device)
     return ForwardPlan(kernel, simple(problem), device, *tensors, score, window, schedule, scheduled)
 
 
@@ -403,20 +406,26 @@ def ragged_arguments(problem: Problem, layout: Layout, keys: int, added: int) ->
     """
     cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx, block_table = layout
     none, no_table = not_given(problem.device.index)
-    given = (
-        (cu_seqlens_q is not None)
-        + 2 * (cu_seqlens_k is not None)
-        + 4 * (seqused_k is not None)
-        + 8 * (leftpad_k is not None)
-        + 16 * (batch_idx is not None)
-    )
+    given = 31
+    if cu_seqlens_q is None:
+        cu_seqlens_q, given = none, given - 1
+    if cu_seqlens_k is None:
+        cu_seqlens_k, given = none, given - 2
+    if seqused_k is None:
+        seqused_k, given = none, given - 4
+    if leftpad_k is None:
+        leftpad_k, given = none, given - 8
+    if batch_idx is None:
+        batch_idx, given = none, given - 16
+    if block_table is None:
+        block_table = no_table
     return (
-        none if cu_seqlens_q is None else cu_seqlens_q,
-        none if cu_seqlens_k is None else cu_seqlens_k,
-        none if seqused_k is None else seqused_k,
-        none if leftpad_k is None else leftpad_k,
-        none if batch_idx is None else batch_idx,
-        no_table if block_table is None else block_table,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        leftpad_k,
+        batch_idx,
+        block_table,
         given,
         keys,
         added,

@@ -11,6 +11,10 @@ from mini_flash_attention import compile, config, cpu, cpu_cache, decode, dispat
 from mini_flash_attention.plans import dtype_name, gpu_arch
 from mini_flash_attention.problem import CacheUpdate, Layout, Problem
 
+# What a kernel raises, before it does anything, if it cannot read a tensor where it lies. It checks that in
+# native code, where dispatch.ready takes 1 µs.
+NotInPlace = ValueError
+
 
 def forward(
     problem: Problem,
@@ -39,14 +43,16 @@ def forward(
     if update is not None:
         added = update.k.shape[1]
     ragged = dispatch.ragged_arguments(problem, layout, keys, added)
-    ready = dispatch.ready(q, k_cache, v_cache)
     if update is not None:
-        if ready and added > 0 and appendable(problem, update):
+        try:
             q = append(problem, q, k_cache, v_cache, ragged, update)
-        else:
+        except NotInPlace:
             q = cpu_cache.append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
-    if ready and plan.simple:  # so is a rotated q
-        return plan.run(q, k_cache, v_cache, alibi_slopes, ragged, None, with_lse)
+    if plan.simple and isinstance(plan, decode.DecodePlan):
+        try:
+            return plan.run(q, k_cache, v_cache, alibi_slopes, ragged, None, with_lse)
+        except NotInPlace:
+            pass
     return dispatch.forward_ragged(plan, problem, q, k_cache, v_cache, alibi_slopes, ragged, None, with_lse)
 
 
@@ -94,19 +100,12 @@ def append(
     update: CacheUpdate,
 ) -> Tensor:
     """cpu_cache.append by a kernel, which takes the lengths of `ragged` without what this call appends."""
+    if problem.head_dim % config.ELEMENTS or 0 in (problem.batch, problem.seqlen_k, update.k.shape[1]):
+        raise NotInPlace("the kernel copies 16 bytes at a time, one piece at least")
     rotary = "none"
     if update.rotary_cos is not None:
         rotary = "interleaved" if update.interleaved else "halves"
     return append_plan(problem, rotary).run(q, k_cache, v_cache, ragged, update)
-
-
-def appendable(problem: Problem, update: CacheUpdate) -> bool:
-    """Whether kv_append.py has a place to write to, and can read it all in pieces of 16 bytes."""
-    if problem.head_dim % config.ELEMENTS or not problem.batch or not problem.seqlen_k:
-        return False
-    if update.rotary_cos is not None and (update.rotary_cos.data_ptr() | update.rotary_sin.data_ptr()) % 16:
-        return False
-    return dispatch.ready(update.k, update.v)
 
 
 class AppendPlan(NamedTuple):

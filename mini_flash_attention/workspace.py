@@ -1,4 +1,4 @@
-"""Memory through which the kernels of one call hand results to each other, kept for the next call.
+"""Memory through which the thread blocks of one call hand results to each other, kept for the next call.
 
 Launches that may run at the same time must not share it. Those of one thread on one stream follow each
 other; those of two threads may alternate, so each thread has memory of its own for each stream. A captured
@@ -13,24 +13,31 @@ import threading
 import torch
 from torch import Tensor
 
+from mini_flash_attention import counters
+
 KEPT = 2**20  # float32 elements: a call that needs more takes longer than an allocation
+COUNTERS = 512
 
 
 class _Kept(threading.local):
     def __init__(self) -> None:
-        self.of_stream: dict[tuple[int, int], Tensor] = {}
+        self.of_stream: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
 _kept = _Kept()
 
 
-def workspace(like: Tensor, device: int) -> Tensor:
-    """Float32 memory for a launch on the device's current stream, of the size of `like` at least."""
-    if like.numel() > KEPT or torch._C._cuda_isCurrentStreamCapturing():
-        return torch.empty_like(like)
+def workspace(like: Tensor, count: int, device: int) -> tuple[Tensor, Tensor]:
+    """For a launch on the device's current stream: float32 memory, as much as `like` at least, and counters.
+
+    count: of counters, COUNTERS at most. They are zero, and must be so again after the launch: counters.py.
+    """
+    if torch._C._cuda_isCurrentStreamCapturing():
+        return torch.empty_like(like), counters.for_capture(device, count)
     stream = torch._C._cuda_getCurrentRawStream(device)
     kept = _kept.of_stream.get((device, stream))
     if kept is None:
-        kept = torch.empty(KEPT, dtype=torch.float32, device=like.device)
+        memory = torch.empty(KEPT, dtype=torch.float32, device=like.device)
+        kept = memory, counters.for_stream(device, COUNTERS)
         _kept.of_stream[device, stream] = kept
-    return kept
+    return kept if like.numel() <= KEPT else (torch.empty_like(like), kept[1])

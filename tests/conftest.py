@@ -63,6 +63,7 @@ def memory_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What plans keep on a GPU is on the CPU, for tests that pretend to have one."""
     for module in (dispatch, plans):
         monkeypatch.setattr(module, "argument", lambda tensor: tensor)
+    monkeypatch.setattr(plans, "allocate", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
     monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))
 
 

@@ -242,7 +242,7 @@ def test_graphs_and_streams(path: str, empty_pool: bool, monkeypatch: pytest.Mon
     q, k, v = inputs(1025, 700, 16, 4, head_dim=128, batch=4)  # more tiles than SMs: they are drawn
     expected = flash_attn_func(q, k, v, causal=True)
     if empty_pool:
-        monkeypatch.setattr(counters, "_unused", {})
+        monkeypatch.setattr(counters, "_stock", {})
     graphs, streams = [], [torch.cuda.Stream() for _ in range(3)]
     captured = []
     for stream in streams[:2]:

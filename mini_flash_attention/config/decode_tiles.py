@@ -41,6 +41,21 @@ class Decode:
         return self.warps // self.row_warps
 
     @property
+    def fuses(self) -> bool:
+        """Whether a thread block can merge the splits of its tile, a warp for each row."""
+        return self.row_warps == 1
+
+    @property
+    def merged_columns(self) -> int:
+        """Columns of O where splits are merged: 4 for a lane at a time."""
+        return -(-self.head_dim // 128) * 128
+
+    @property
+    def merged_splits(self) -> int:
+        """Splits whose O a warp has on the way at a time, as it merges a row: 8 KB."""
+        return 2048 // self.merged_columns
+
+    @property
     def tile_n(self) -> int:
         """Keys of a block."""
         return self.chunk * self.key_warps

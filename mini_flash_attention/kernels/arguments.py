@@ -96,9 +96,9 @@ def workspace() -> cute.Tensor:
     return make_fake_compact_tensor(Float32, (cute.sym_int64(),), assumed_align=16)
 
 
-def counter() -> cute.Tensor:
-    """(2,) int32: the state of a dynamic schedule."""
-    return make_fake_compact_tensor(Int32, (2,))
+def counters() -> cute.Tensor:
+    """(n) int32, zero before and after a launch: ../counters.py."""
+    return make_fake_compact_tensor(Int32, (cute.sym_int(),))
 
 
 def stream():

@@ -1,4 +1,7 @@
-"""Merging the splits of a decode by their log-sum-exp (Dao et al. 2023, "Flash-Decoding")."""
+"""Merging the splits of a decode by their log-sum-exp (Dao et al. 2023, "Flash-Decoding"), a warp a row.
+
+Where a tile has few rows, decode.py does it itself, in the thread block that is done last; else this kernel.
+"""
 
 from typing import NamedTuple
 
@@ -14,8 +17,6 @@ from mini_flash_attention.kernels.scores import LOG2_E
 from mini_flash_attention.kernels.seqlen import CU_SEQLENS_Q, Ragged
 from mini_flash_attention.kernels.softmax import LN_2
 
-WARPS = 4  # of a thread block, which has one row of O: they share its splits
-BATCH = 8  # splits of a warp whose O is on the way at a time
 MAX_SPLITS = 128
 
 
@@ -44,14 +45,51 @@ def row_of(mO: cute.Tensor, batch: Int32, token: Int32, head: Int32) -> Int32:
     return (batch * mO.shape[1] + token) * mO.shape[2] + head
 
 
+class Shared(NamedTuple):
+    """A warp's shared memory: loads to registers would be put off until they are needed, one by one."""
+
+    part: cute.Tensor  # (columns, slots): O of the splits on the way
+    share: cute.Tensor  # (MAX_SPLITS): what each split counts in O
+
+
+def shared_words(config) -> int:
+    """Float32 that Shared takes."""
+    return config.merged_columns * config.merged_splits + MAX_SPLITS
+
+
+def make_shared(config, start: cute.Pointer) -> Shared:
+    size = config.merged_columns, config.merged_splits
+    part = cute.make_tensor(start, cute.make_layout(size))
+    return Shared(part, cute.make_tensor(start + size[0] * size[1], cute.make_layout(MAX_SPLITS)))
+
+
 @cute.jit
-def weigh(x: Partial, num_splits: Int32, row: Int32, sShare: cute.Tensor, lane: Int32):
-    """sShare <- what each split counts in O; by a whole warp. Returns the row's log-sum-exp."""
+def start_copies(x: Partial, splits: Int32, row: Int32, shared: Shared, first: Int32, lane: Int32):
+    """O of the splits from `first` on is on its way to shared.part; each lane copies what it will read."""
+    atom = cute.make_copy_atom(
+        cpasync.CopyG2SOp(cache_mode=LoadCacheMode.GLOBAL), Float32, num_bits_per_copy=128
+    )
+    vector, inside = cute.make_layout(((4, 1),)), cute.make_rmem_tensor(1, Boolean)
+    size, slots = shared.part.shape
+    for i in cutlass.range_constexpr(slots):
+        for v in cutlass.range_constexpr(size // 128):
+            col = 4 * lane + 128 * v
+            inside[0] = first + i < splits and col < x.O.shape[2]
+            gO = cute.local_tile(x.O[first + i, row, None], (4,), (col // 4,))
+            sO = cute.local_tile(shared.part[None, i], (4,), (col // 4,))
+            source, target = (cute.make_tensor(t.iterator, vector) for t in (gO, sO))
+            cute.copy(atom, source, target, pred=inside)
+    cute.arch.cp_async_commit_group()
+
+
+@cute.jit
+def weigh(x: Partial, splits: Int32, row: Int32, share: cute.Tensor, lane: Int32):
+    """share <- what each split counts in O. Returns the row's log-sum-exp."""
     lse = cute.make_rmem_tensor(MAX_SPLITS // 32, Float32)  # of the splits lane, lane + 32, ...
     lse.fill(-Float32.inf)
     largest = -Float32.inf
     for i in cutlass.range_constexpr(MAX_SPLITS // 32):
-        if lane + 32 * i < num_splits:
+        if lane + 32 * i < splits:
             lse[i] = x.LSE[lane + 32 * i, row]
         largest = cute.arch.fmax(largest, lse[i])
     largest = cute.arch.warp_reduction_max(largest)
@@ -63,52 +101,43 @@ def weigh(x: Partial, num_splits: Int32, row: Int32, sShare: cute.Tensor, lane: 
     total = cute.arch.warp_reduction_sum(total)
     scale = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
     for i in cutlass.range_constexpr(MAX_SPLITS // 32):
-        sShare[lane + 32 * i] = lse[i] * scale
+        share[lane + 32 * i] = lse[i] * scale
     return -Float32.inf if total == 0.0 else largest + cute.math.log2(total, fastmath=True) * Float32(LN_2)
 
 
 @cute.jit
-def add_splits(
-    x: Partial,
-    num_splits: Int32,
-    row: Int32,
-    sShare: cute.Tensor,
-    sPart: cute.Tensor,
-    acc: cute.Tensor,
-    warp: Int32,
-    lane: Int32,
+def merge_row(
+    x: Partial, splits: Int32, row: Int32, shared: Shared, gO: cute.Tensor, gLSE: cute.Tensor, lane: Int32
 ):
-    """acc += this warp's splits, every WARPS-th one.
-
-    acc (4, d / 128): the lane's columns. sPart (d, BATCH, WARPS): loads to registers would be put off until
-    they are needed, one after the other; copies to shared memory are on the way at once.
-    """
-    atom = cute.make_copy_atom(
-        cpasync.CopyG2SOp(cache_mode=LoadCacheMode.GLOBAL), Float32, num_bits_per_copy=128
-    )
-    vector, counts = cute.make_layout(((4, 1),)), cute.make_rmem_tensor(1, Boolean)
-    first = warp
-    while first < num_splits:
-        for i in cutlass.range_constexpr(BATCH):
-            split = first + WARPS * i
-            for v in cutlass.range_constexpr(cute.size(acc, mode=[1])):
-                col = 4 * lane + 128 * v
-                counts[0] = Boolean(False)
-                if split < num_splits and col < x.O.shape[2]:
-                    counts[0] = sShare[split] > 0.0
-                gO = cute.local_tile(x.O[split, row, None], (4,), (col // 4,))
-                sO = cute.local_tile(sPart[None, i, warp], (4,), (col // 4,))
-                source, target = (cute.make_tensor(t.iterator, vector) for t in (gO, sO))
-                cute.copy(atom, source, target, pred=counts)
-        cute.arch.cp_async_commit_group()
-        cute.arch.cp_async_wait_group(0)  # a lane reads what it copied itself
-        for i in cutlass.range_constexpr(BATCH):
-            split = first + WARPS * i
-            if split < num_splits:
-                for v in cutlass.range_constexpr(cute.size(acc, mode=[1])):
+    """gO (d) and gLSE (1) <- the row's result, by a warp."""
+    size, slots = shared.part.shape
+    acc = cute.make_rmem_tensor((4, size // 128), Float32)  # the lane's columns
+    acc.fill(0.0)
+    start_copies(x, splits, row, shared, Int32(0), lane)
+    lse = weigh(x, splits, row, shared.share, lane)
+    cute.arch.sync_warp()
+    first = Int32(0)
+    while first < splits:
+        cute.arch.cp_async_wait_group(0)
+        for i in cutlass.range_constexpr(slots):
+            share = shared.share[cutlass.min(first + i, MAX_SPLITS - 1)]
+            if first + i < splits and share > 0.0:  # else its O may be anything
+                for v in cutlass.range_constexpr(size // 128):
+                    part = cute.make_rmem_tensor(4, Float32)
+                    cute.autovec_copy(cute.local_tile(shared.part[None, i], (4,), (lane + 32 * v,)), part)
                     for c in cutlass.range_constexpr(4):
-                        acc[c, v] += sShare[split] * sPart[4 * lane + 128 * v + c, i, warp]
-        first += WARPS * BATCH
+                        acc[c, v] += share * part[c]
+        first += slots
+        if first < splits:
+            start_copies(x, splits, row, shared, first, lane)
+    for v in cutlass.range_constexpr(size // 128):
+        if 4 * lane + 128 * v < gO.shape[0]:
+            out = cute.make_rmem_tensor(4, gO.element_type)
+            convert(acc[None, v], out)
+            cute.autovec_copy(out, cute.local_tile(gO, (4,), (lane + 32 * v,)))
+    if lane == 0:
+        gLSE[0] = lse
+    cute.arch.sync_warp()  # the next row's shares may come
 
 
 @cute.kernel
@@ -120,41 +149,18 @@ def kernel(
     mLSE: cute.Tensor,
     ragged: Ragged,
 ):
-    tidx, _, _ = cute.arch.thread_idx()
+    lane, _, _ = cute.arch.thread_idx()
     row, _, _ = cute.arch.block_idx()
-    warp, lane = cute.arch.make_warp_uniform(tidx // 32), tidx % 32
     _, seqlen, heads, _ = mO.shape
     head, token = row % heads, row // heads
     batch, token = token // seqlen, token % seqlen
-    smem = SmemAllocator()
-    sShare = smem.allocate_tensor(Float32, cute.make_layout(MAX_SPLITS), 16)
-    vectors = (config.head_dim + 127) // 128
-    sPart = smem.allocate_tensor(Float32, cute.make_layout((128 * vectors, BATCH, WARPS)), 16)
-    sO = sPart[None, 0, None]  # (d, WARPS): a warp's sum takes the place of its first split
-    acc = cute.make_rmem_tensor((4, vectors), Float32)
-    acc.fill(0.0)
+    memory = SmemAllocator().allocate_tensor(Float32, cute.make_layout(shared_words(config)), 16)
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()  # the splits are there
-    lse = Float32(0.0)
-    if warp == 0:
-        lse = weigh(x, num_splits, row, sShare, lane)
-    cute.arch.barrier()
-    add_splits(x, num_splits, row, sShare, sPart, acc, warp, lane)
-    for v in cutlass.range_constexpr(vectors):
-        cute.autovec_copy(acc[None, v], cute.local_tile(sO[None, warp], (4,), (lane + 32 * v,)))
-    cute.arch.barrier()
-    mine = is_mine(ragged, token)
-    if 4 * tidx < mO.shape[3] and mine:
-        out = cute.make_rmem_tensor(4, mO.element_type)
-        total = cute.make_rmem_tensor(4, Float32)
-        total.fill(0.0)
-        for i in cutlass.range_constexpr(WARPS):
-            for c in cutlass.range_constexpr(4):
-                total[c] += sO[4 * tidx + c, i]
-        convert(total, out)
-        cute.autovec_copy(out, cute.local_tile(mO[batch, token, head, None], (4,), (tidx,)))
-        if tidx == 0:
-            mLSE[batch, head, token] = lse
+    if is_mine(ragged, token):
+        shared = make_shared(config, memory.iterator)
+        gLSE = cute.domain_offset((token,), mLSE[batch, head, None])
+        merge_row(x, num_splits, row, shared, mO[batch, token, head, None], gLSE, lane)
 
 
 @cute.jit
@@ -180,5 +186,5 @@ def launch(
     stream,
 ):
     kernel(config, x, num_splits, mO, mLSE, ragged).launch(
-        grid=(x.LSE.shape[1], 1, 1), block=(32 * WARPS, 1, 1), stream=stream, use_pdl=config.pdl
+        grid=(x.LSE.shape[1], 1, 1), block=(32, 1, 1), stream=stream, use_pdl=config.pdl
     )

@@ -40,6 +40,8 @@ class Call(NamedTuple):
     window: tuple[Int32, Int32]  # (left, right)
     num_splits: Int32
     min_blocks: Int32  # key blocks of a split, at least
+    fused: Int32  # 1: the last of a tile's thread blocks merges its splits; 0: combine.py
+    counters: cute.Tensor  # (tiles), fused: how many of its splits are done
     m_blocks: Int32  # query tiles in the grid, for each split of a key head
     page_size: cute.FastDivmodDivisorV2 | None
 
@@ -54,6 +56,8 @@ class Tile(NamedTuple):
     first_row: Int32
     begin: Int32  # key blocks of this split: [begin, end)
     end: Int32
+    parts: Int32  # splits that have keys
+    alone: Boolean  # no other split has a part in the result
     free_first: Int32  # those of the tile in [free_first, free_end) need no mask
     free_end: Int32
 
@@ -318,7 +322,7 @@ def store_piece(
     lse: Float32,
 ):
     batch, token = tile.q.batch, tile.q.start + query
-    if call.num_splits == 1:
+    if tile.alone:
         out = cute.make_rmem_tensor(ELEMENTS, call.mO.element_type)
         convert(O, out)
         cute.autovec_copy(out, cute.local_tile(call.mO[batch, token, head, None], (ELEMENTS,), (piece,)))
@@ -339,6 +343,34 @@ def store_nothing(config: cutlass.Constexpr, call: Call, tile: Tile, split: Int3
         if query < tile.q.seqlen:
             row = combine.row_of(call.mO, tile.q.batch, tile.q.start + query, head)
             call.partial.LSE[split, row] = -Float32.inf
+
+
+@cute.jit
+def merge_splits(
+    config: cutlass.Constexpr, call: Call, tile: Tile, unit: Int32, sKV: cute.Tensor, tidx: Int32
+):
+    """The thread block that is the last to store its part of a tile merges all; unit: the tile's number."""
+    words = combine.shared_words(config)
+    start = cute.make_ptr(Float32, sKV.iterator.toint(), cute.AddressSpace.smem, assumed_align=16)
+    sDone = cute.make_tensor(cute.recast_ptr(start + config.warps * words, dtype=Int32), cute.make_layout(1))
+    if tidx == 0:
+        counter = (call.counters.iterator + unit).llvm_ptr
+        sDone[0] = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu") + 1
+    cute.arch.barrier()
+    if sDone[0] == tile.parts:
+        warp, lane = cute.arch.make_warp_uniform(tidx // 32), tidx % 32
+        shared = combine.make_shared(config, start + cute.assume(warp * words, divby=4))
+        row = warp
+        while row < cutlass.min(config.tile_m, tile.q.seqlen * tile.group - tile.first_row):
+            query, head = tile.query_and_head(row)
+            batch, token = tile.q.batch, tile.q.start + query
+            gO, gLSE = call.mO[batch, token, head, None], call.mLSE[batch, head, None]
+            number = combine.row_of(call.mO, batch, token, head)
+            gLSE = cute.domain_offset((token,), gLSE)
+            combine.merge_row(call.partial, tile.parts, number, shared, gO, gLSE, lane)
+            row += config.warps
+        if tidx == 0:
+            call.counters[unit] = Int32(0)
 
 
 def make_work(config, call: Call, tile: Tile, tiled_mma: cute.TiledMma, first_row, column, lane) -> Work:
@@ -376,12 +408,14 @@ def kernel(
 ):
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_launch_dependents()  # combine's blocks may come, and wait
+        cute.arch.griddepcontrol_wait()  # all that is read is there
     tidx, _, _ = cute.arch.thread_idx()
     unit, _, _ = cute.arch.block_idx()
     heads_k = call.mK.shape[2]
     m_block, unit = unit % call.m_blocks, unit // call.m_blocks
     head_kv, unit = unit % heads_k, unit // heads_k
     split, b = unit % call.num_splits, unit // call.num_splits
+    unit = (b * heads_k + head_kv) * call.m_blocks + m_block
     q = queries(call.ragged, b, call.mQ.shape[1])
     rows, capacity = call.mK.shape[:2]
     if const_expr(config.page):
@@ -404,9 +438,10 @@ def kernel(
         first, last, free_first, free_end = visible_blocks(
             first_row, config.tile_m, group, config.tile_n, q.seqlen, k.seqlen, *call.window
         )
-        begin, end = split_blocks(split, call.num_splits, call.min_blocks, first, last)
-        tile = Tile(q, k, head_kv, group, first_row, begin, end, free_first, free_end)
-        if begin < end or call.num_splits == 1:
+        begin, end, parts = split_blocks(split, call.num_splits, call.min_blocks, first, last)
+        others = parts if call.fused else call.num_splits
+        tile = Tile(q, k, head_kv, group, first_row, begin, end, parts, others <= 1, free_first, free_end)
+        if begin < end or (tile.alone and split == 0):
             places = cute.make_rmem_tensor(4, Int32)
             places.fill(0)
             x = Loader(
@@ -431,8 +466,11 @@ def kernel(
             give(w, shared, key_warp, lane)
             cute.arch.barrier()
             store(config, call, tile, split, shared, tidx)
-            cute.arch.barrier()  # the next rows' keys may come
-        else:
+            cute.arch.barrier()  # the next rows' keys may come; what is merged is stored
+            if const_expr(config.fuses):
+                if call.fused and not tile.alone:
+                    merge_splits(config, call, tile, unit, sKV, tidx)
+        elif call.fused == 0:
             store_nothing(config, call, tile, split, tidx)
         first_row += call.m_blocks * config.tile_m
 
@@ -454,10 +492,16 @@ def launch(
     ragged: Ragged,
     num_splits: Int32,
     min_blocks: Int32,
+    fused: Int32,
+    counters: cute.Tensor,
     config: cutlass.Constexpr,
     stream,
 ):
-    """The tensors are as in the module's first lines; workspace as combine.partial has it, if it is split."""
+    """The tensors are as in the module's first lines; workspace as combine.partial has it, if it is split.
+
+    fused: 1 if this kernel is to merge the splits; then nothing but the queries of one sequence may lie in a
+    row of mQ, and counters has an element for each tile.
+    """
     dtype = mQ.element_type
     heads_k = mK.shape[2]
     rows = cutlass.min(ragged.longest, mQ.shape[1]) * (mQ.shape[2] // heads_k)
@@ -475,6 +519,8 @@ def launch(
         (window_left, window_right),
         num_splits,
         min_blocks,
+        fused,
+        counters,
         m_blocks,
         cute.fast_divmod_create_divisor_v2(mK.shape[1]) if const_expr(config.page) else None,
     )
@@ -490,12 +536,13 @@ def launch(
         grid=(m_blocks * heads_k * num_splits * ragged.batch, 1, 1),
         block=(32 * config.warps, 1, 1),
         stream=stream,
+        use_pdl=config.pdl,
     )
-    if num_splits > 1:
+    if num_splits > 1 and fused == 0:
         combine.launch(config, partial, num_splits, mO, mLSE, ragged, stream)
 
 
 def fake_arguments(config) -> tuple:
     *tensors, score, left, right, ragged = arguments.forward(config)
-    numbers = score, left, right, ragged, Int32(1), Int32(1)
-    return *tensors, arguments.workspace(), *numbers, config, arguments.stream()
+    numbers = score, left, right, ragged, *(Int32(1) for _ in range(3))
+    return *tensors, arguments.workspace(), *numbers, arguments.counters(), config, arguments.stream()

@@ -482,4 +482,4 @@ def launch_tiles(config: cutlass.Constexpr, call: Call, stream):
 
 def fake_arguments(config) -> tuple:
     numbers = arguments.dropout(config), Int32(1), Int32(1)
-    return (*arguments.forward(config), *numbers, arguments.counter(), config, arguments.stream())
+    return (*arguments.forward(config), *numbers, arguments.counters(), config, arguments.stream())

@@ -20,10 +20,10 @@ def visible_blocks(first_row, rows, group, tile_n, seqlen_q, seqlen_k, window_le
 
 
 def split_blocks(split, num_splits, min_blocks, first, last):
-    """The part of the key blocks [first, last) that is `split`'s, the last ones' maybe empty.
+    """(begin, end, parts): the part of the key blocks [first, last) that is `split`'s, and how many have any.
 
-    All but the last part are of one length, min_blocks at least.
+    All parts but the last one are of one length, min_blocks at least.
     """
     length = larger(ceil_div(last - first, num_splits), min_blocks)
     begin = smaller(first + split * length, last)
-    return begin, smaller(begin + length, last)
+    return begin, smaller(begin + length, last), ceil_div(last - first, length)
