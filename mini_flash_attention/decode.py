@@ -16,6 +16,7 @@ from mini_flash_attention.counters import unused_counter
 from mini_flash_attention.plans import (
     ContiguousQ,
     Score,
+    argument,
     contiguous_q,
     dtype_name,
     results,
@@ -28,12 +29,13 @@ from mini_flash_attention.plans import (
 from mini_flash_attention.problem import MAX_SPLITS, Problem
 from mini_flash_attention.workspace import COUNTERS, workspace
 
-MIN_BLOCKS = 4  # key blocks of a split: fewer take less time than a thread block's start and end
-MAX_BLOCKS = 128  # beyond, a long sequence among short ones would have too few thread blocks
-# In blocks' time (64 keys of head dim 128: 3 µs, as an H100's memory has many thread blocks to serve):
-START = 0.5  # of a thread block, until its first keys are there
-COMBINE = 1.0  # launching the combine kernel
-FUSED_ROUNDS = 2  # in which a thread block merges the splits of its tile, at most
+MAX_BLOCKS = 128  # of a split; beyond, a long sequence among short ones would have too few thread blocks
+# Of an H100, from times of decodes with 1 to 128 splits (docs/worklog.md); µs, and bytes a µs.
+LATENCY = 0.4  # of a key block, in a thread block that has the memory for itself
+BANDWIDTH_ALONE = 177e3  # beyond that
+BANDWIDTH_OF_SM = 23e3  # with all SMs at work
+START = 0.5  # another thread block for each SM
+MERGE, MERGE_SPLIT = 1.4, 0.03  # of all splits, and of each
 # TFLOP/s that mma.sync and wgmma reach on an H100 (docs/worklog.md).
 MMA_RATE, WGMMA_RATE = 350, 650
 FORWARD_TILE_M = 128
@@ -52,9 +54,8 @@ class DecodePlan(NamedTuple):
     score: Score
     window: tuple[int, int]
     num_splits: int
-    min_blocks: int
-    fused: int  # 1: the decode kernel merges the splits, 0: the combine kernel does
-    tiles: int  # fused: each of them has a counter
+    tiles: int  # each has a counter, and its last thread block merges the splits; 0: the combine kernel does
+    no_counters: Any
 
     def run(
         self,
@@ -70,12 +71,12 @@ class DecodePlan(NamedTuple):
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, alibi_slopes, ragged, out, with_lse)
         out, lse = results(self, q, out, with_lse)
-        memory, counters = self.partial, unused_counter(self.device)
+        memory, counters = self.partial, self.no_counters
         if self.num_splits > 1:
             memory, counters = workspace(self.partial, self.tiles, self.device)
         score = self.score if alibi_slopes is None else with_slopes(self.score, alibi_slopes, q, ragged)
         left, right = self.window
-        splits = self.num_splits, self.min_blocks, self.fused, counters
+        splits = self.num_splits, int(self.tiles > 0), counters
         self.launch(q, k, v, out, lse, memory, score, left, right, ragged, *splits)
         return out, lse if with_lse else None
 
@@ -93,19 +94,19 @@ def plan(problem: Problem, num_splits: int) -> DecodePlan:
         problem.seqlen_q if problem.window_right is None else problem.window_right,
     )
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return DecodePlan(None, False, device, like, lse, None, element, score, window, 1, 1, 0, 0)
+        return DecodePlan(None, False, device, like, lse, None, element, score, window, 1, 0, None)
     properties = torch.cuda.get_device_properties(device)
     row = decode_config(problem, config.gpu_arch((properties.major, properties.minor)))
-    min_blocks = 1 if num_splits else MIN_BLOCKS
     num_splits = num_splits or choose_splits(problem, row, properties.multi_processor_count)
     partial = element
     if num_splits > 1:
         partial = element.expand(num_splits * lse.numel() * (like[0][-1] + 1))
     tiles = problem.heads_k * tiles_of(problem, problem.group, row.tile_m)
-    fused = num_splits > 1 and tiles <= COUNTERS and fuses(problem, row, num_splits)
+    if num_splits == 1 or tiles > COUNTERS or not fuses(problem, row, num_splits):
+        tiles = 0
     kernel = compile.get(row)
     tensors = like, lse, unread(shape, device), partial
-    splits = num_splits, min_blocks, int(fused), tiles if fused else 0
+    splits = num_splits, tiles, argument(unused_counter(device))
     return DecodePlan(kernel, simple(problem), device, *tensors, score, window, *splits)
 
 
@@ -123,50 +124,54 @@ def decode_config(problem: Problem, arch: str) -> config.Decode:
 
 def choose_splits(problem: Problem, row: config.Decode, num_sms: int) -> int:
     """Into how many parts to divide the keys of each tile."""
-    rows = problem.longest_q * problem.group
     tiles = problem.heads_k * tiles_of(problem, problem.group, row.tile_m)
-    blocks = -(-problem.seqlen_k // row.tile_n)
-    return best_splits(tiles, min(rows, row.tile_m) / row.tile_n, blocks, num_sms, row.resident)
-
-
-def fuses(problem: Problem, row: config.Decode, num_splits: int) -> bool:
-    """Whether the thread block of a tile that is done last merges its splits faster than the combine kernel.
-
-    It saves a launch, but has only its own warps, a row for each, and an SM's share of the memory's speed.
-    Packed queries may lie in more tiles than the host knows of.
-    """
-    if problem.packed_q or not row.fuses:
-        return False
     rows = min(problem.longest_q * problem.group, row.tile_m)
-    return -(-rows // row.warps) * -(-num_splits // row.merged_splits) <= FUSED_ROUNDS
+    keys = problem.seqlen_k
+    if problem.window_left is not None:
+        keys = min(keys, problem.window_left + problem.longest_q)
+    blocks = -(-keys // row.tile_n)
+    return best_splits(tiles, rows / row.tile_n, blocks, row.block_size, num_sms, row.resident)
 
 
-def best_splits(tiles: int, rows: float, blocks: int, num_sms: int, resident: int) -> int:
+def best_splits(tiles: int, rows: float, blocks: int, block_size: int, num_sms: int, resident: int) -> int:
     """The number of splits with the least estimated time, the smallest of those.
 
-    Memory serves all thread blocks alike, so that time is bytes, as long as there is a thread block for
-    each SM; with fewer, loads in flight run short.
+    A thread block alone is bound by how much it has on the way, all together by the memory.
 
     Args:
         tiles: thread blocks that a split takes.
         rows: of a tile, in blocks of keys: writing and reading a row's part of O takes twice as long as
             reading a key and its value.
         blocks: key blocks of a tile.
+        block_size: bytes of K and V in a block.
         resident: thread blocks that an SM holds.
     """
-    slots = num_sms * resident
     fewest = min(MAX_SPLITS, -(-blocks // MAX_BLOCKS))
 
     def time(splits: int) -> float:
+        """In µs, without what all have in common."""
         length = -(-blocks // splits)
         splits = -(-blocks // length)
-        full_rounds, rest = divmod(splits * tiles, slots)
-        rounds = full_rounds + (rest > 0)
-        reading = length * (full_rounds * slots + (max(rest, num_sms) if rest else 0))
-        merging = COMBINE * slots + 2 * rows * splits * tiles if splits > 1 else 0.0
-        return reading + START * rounds * slots + merging
+        rounds = -(-splits * tiles // (num_sms * resident))
+        alone = rounds * length * (LATENCY + block_size / BANDWIDTH_ALONE)
+        moved = tiles * (blocks + (2 * rows * splits if splits > 1 else 0))
+        together = moved * block_size / (num_sms * BANDWIDTH_OF_SM)
+        merging = MERGE + MERGE_SPLIT * splits if splits > 1 else 0.0
+        return (alone**3 + together**3) ** (1 / 3) + START * splits * tiles / num_sms + merging
 
-    return min(range(fewest, max(fewest, min(MAX_SPLITS, blocks // MIN_BLOCKS)) + 1), key=time)
+    return min(range(fewest, max(fewest, min(MAX_SPLITS, blocks)) + 1), key=time)
+
+
+def fuses(problem: Problem, row: config.Decode, num_splits: int) -> bool:
+    """Whether the thread block of a tile that is done last merges its splits, instead of the combine kernel.
+
+    It saves a launch, and is as fast as long as all that it reads is on the way at once. Packed queries may
+    lie in more tiles than the host knows of.
+    """
+    if problem.packed_q or not row.fuses:
+        return False
+    rows = min(problem.longest_q * problem.group, row.tile_m)
+    return rows <= row.warps * row.merged_rows and num_splits <= row.merged_splits
 
 
 def pays(problem: Problem, path: str, num_sms: int) -> bool:

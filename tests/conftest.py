@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mini_flash_attention import config, dispatch, plans
+from mini_flash_attention import config, decode, dispatch, plans
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +14,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_empty_strided")),
+        (plans, ("allocate",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
@@ -61,7 +62,7 @@ def skip_unless_it_runs(path: str, device: torch.device) -> None:
 @pytest.fixture
 def memory_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What plans keep on a GPU is on the CPU, for tests that pretend to have one."""
-    for module in (dispatch, plans):
+    for module in (decode, dispatch, plans):
         monkeypatch.setattr(module, "argument", lambda tensor: tensor)
     monkeypatch.setattr(plans, "allocate", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
     monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))

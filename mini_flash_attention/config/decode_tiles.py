@@ -42,7 +42,7 @@ class Decode:
 
     @property
     def fuses(self) -> bool:
-        """Whether a thread block can merge the splits of its tile, a warp for each row."""
+        """Whether a thread block can merge the splits of its tile: the rows are few."""
         return self.row_warps == 1
 
     @property
@@ -56,9 +56,19 @@ class Decode:
         return 2048 // self.merged_columns
 
     @property
+    def merged_rows(self) -> int:
+        """Rows that a warp merges together, in the ring's memory."""
+        return 2 if self.shared_memory >= 70 * 1024 else 1
+
+    @property
     def tile_n(self) -> int:
         """Keys of a block."""
         return self.chunk * self.key_warps
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of K and V in a block."""
+        return 4 * self.tile_n * self.head_dim
 
     @property
     def warp_rows(self) -> int:

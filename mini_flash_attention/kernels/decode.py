@@ -39,8 +39,7 @@ class Call(NamedTuple):
     score: Score
     window: tuple[Int32, Int32]  # (left, right)
     num_splits: Int32
-    min_blocks: Int32  # key blocks of a split, at least
-    fused: Int32  # 1: the last of a tile's thread blocks merges its splits; 0: combine.py
+    fused: Int32  # 1: the last of a tile's thread blocks merges its splits; 0: combine.py does
     counters: cute.Tensor  # (tiles), fused: how many of its splits are done
     m_blocks: Int32  # query tiles in the grid, for each split of a key head
     page_size: cute.FastDivmodDivisorV2 | None
@@ -350,7 +349,8 @@ def merge_splits(
     config: cutlass.Constexpr, call: Call, tile: Tile, unit: Int32, sKV: cute.Tensor, tidx: Int32
 ):
     """The thread block that is the last to store its part of a tile merges all; unit: the tile's number."""
-    words = combine.shared_words(config)
+    shape = config.merged_columns, config.merged_splits, config.merged_rows
+    words = combine.shared_words(shape)
     start = cute.make_ptr(Float32, sKV.iterator.toint(), cute.AddressSpace.smem, assumed_align=16)
     sDone = cute.make_tensor(cute.recast_ptr(start + config.warps * words, dtype=Int32), cute.make_layout(1))
     if tidx == 0:
@@ -358,19 +358,23 @@ def merge_splits(
         sDone[0] = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu") + 1
     cute.arch.barrier()
     if sDone[0] == tile.parts:
-        warp, lane = cute.arch.make_warp_uniform(tidx // 32), tidx % 32
-        shared = combine.make_shared(config, start + cute.assume(warp * words, divby=4))
-        row = warp
-        while row < cutlass.min(config.tile_m, tile.q.seqlen * tile.group - tile.first_row):
-            query, head = tile.query_and_head(row)
-            batch, token = tile.q.batch, tile.q.start + query
-            gO, gLSE = call.mO[batch, token, head, None], call.mLSE[batch, head, None]
-            number = combine.row_of(call.mO, batch, token, head)
-            gLSE = cute.domain_offset((token,), gLSE)
-            combine.merge_row(call.partial, tile.parts, number, shared, gO, gLSE, lane)
-            row += config.warps
         if tidx == 0:
             call.counters[unit] = Int32(0)
+        warp, lane = cute.arch.make_warp_uniform(tidx // 32), tidx % 32
+        shared = combine.make_shared(start + cute.assume(warp * words, divby=4), shape)
+        acc = cute.make_rmem_tensor((4, shape[0] // 128, shape[2]), Float32)
+        rows, lse = cute.make_rmem_tensor(shape[2], Int32), cute.make_rmem_tensor(shape[2], Float32)
+        for r in cutlass.range_constexpr(shape[2]):
+            query, head = tile.query_and_head(warp + config.warps * r)
+            row = combine.row_of(call.mO, tile.q.batch, tile.q.start + query, head)
+            rows[r] = row if query < tile.q.seqlen else Int32(-1)
+        combine.merge(call.partial, tile.parts, rows, shared, acc, lse, lane)
+        for r in cutlass.range_constexpr(shape[2]):
+            query, head = tile.query_and_head(warp + config.warps * r)
+            if rows[r] >= 0:
+                batch, token = tile.q.batch, tile.q.start + query
+                gLSE = cute.domain_offset((token,), call.mLSE[batch, head, None])
+                combine.store(acc[None, None, r], lse[r], call.mO[batch, token, head, None], gLSE, lane)
 
 
 def make_work(config, call: Call, tile: Tile, tiled_mma: cute.TiledMma, first_row, column, lane) -> Work:
@@ -407,7 +411,7 @@ def kernel(
     sKV_layout: cute.ComposedLayout,
 ):
     if const_expr(config.pdl):
-        cute.arch.griddepcontrol_launch_dependents()  # combine's blocks may come, and wait
+        cute.arch.griddepcontrol_launch_dependents()  # the next kernel's blocks may come, and wait
         cute.arch.griddepcontrol_wait()  # all that is read is there
     tidx, _, _ = cute.arch.thread_idx()
     unit, _, _ = cute.arch.block_idx()
@@ -438,7 +442,7 @@ def kernel(
         first, last, free_first, free_end = visible_blocks(
             first_row, config.tile_m, group, config.tile_n, q.seqlen, k.seqlen, *call.window
         )
-        begin, end, parts = split_blocks(split, call.num_splits, call.min_blocks, first, last)
+        begin, end, parts = split_blocks(split, call.num_splits, first, last)
         others = parts if call.fused else call.num_splits
         tile = Tile(q, k, head_kv, group, first_row, begin, end, parts, others <= 1, free_first, free_end)
         if begin < end or (tile.alone and split == 0):
@@ -491,7 +495,6 @@ def launch(
     window_right: Int32,
     ragged: Ragged,
     num_splits: Int32,
-    min_blocks: Int32,
     fused: Int32,
     counters: cute.Tensor,
     config: cutlass.Constexpr,
@@ -499,8 +502,8 @@ def launch(
 ):
     """The tensors are as in the module's first lines; workspace as combine.partial has it, if it is split.
 
-    fused: 1 if this kernel is to merge the splits; then nothing but the queries of one sequence may lie in a
-    row of mQ, and counters has an element for each tile.
+    fused: 1 if this kernel is to merge the splits: for tiles of as many rows as the warps merge at once, none
+    of them packed. counters has an element for each tile.
     """
     dtype = mQ.element_type
     heads_k = mK.shape[2]
@@ -518,7 +521,6 @@ def launch(
         score,
         (window_left, window_right),
         num_splits,
-        min_blocks,
         fused,
         counters,
         m_blocks,
@@ -544,5 +546,5 @@ def launch(
 
 def fake_arguments(config) -> tuple:
     *tensors, score, left, right, ragged = arguments.forward(config)
-    numbers = score, left, right, ragged, *(Int32(1) for _ in range(3))
+    numbers = score, left, right, ragged, Int32(1), Int32(1)
     return *tensors, arguments.workspace(), *numbers, arguments.counters(), config, arguments.stream()

@@ -19,11 +19,11 @@ def visible_blocks(first_row, rows, group, tile_n, seqlen_q, seqlen_k, window_le
     return *key_blocks(0, *sizes), *unmasked_blocks(0, *sizes)
 
 
-def split_blocks(split, num_splits, min_blocks, first, last):
+def split_blocks(split, num_splits, first, last):
     """(begin, end, parts): the part of the key blocks [first, last) that is `split`'s, and how many have any.
 
-    All parts but the last one are of one length, min_blocks at least.
+    All parts but the last one are of one length.
     """
-    length = larger(ceil_div(last - first, num_splits), min_blocks)
+    length = larger(ceil_div(last - first, num_splits), 1)
     begin = smaller(first + split * length, last)
     return begin, smaller(begin + length, last), ceil_div(last - first, length)
