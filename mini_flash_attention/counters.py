@@ -1,9 +1,13 @@
 """What the thread blocks of a launch count together: int32 in GPU memory, zero before and after each launch.
 
 A persistent kernel draws its tiles from two of them; in a decode, each tile has one for its splits. Launches
-that may run at the same time must not share them. Launches on one stream follow each other, so each stream
-has its own. A captured launch may be replayed on any stream, beside any other: it gets some that nobody else
-uses, from a stock, as nothing can be zeroed ahead in a capture.
+that may run at the same time must not share them. Launches on one stream follow each other (one that starts
+early, by programmatic dependent launch, waits first), so each stream has its own. A captured launch may be
+replayed on any stream, beside any other: it gets some that nobody else uses, from a stock, as nothing can be
+zeroed ahead in a capture.
+
+They are zero afterwards only if the thread blocks agree on how many they are: the lengths that a decode reads
+must not change while it runs.
 """
 
 import functools
@@ -12,7 +16,7 @@ import threading
 import torch
 from torch import Tensor
 
-STOCK = 2**17  # of a device, for captured launches
+STOCK = 2**20  # of a device, for captured launches: 4 MB
 
 _lock = threading.Lock()
 _of_stream: dict[tuple[int, int], Tensor] = {}
@@ -48,7 +52,8 @@ def for_stream(device: int, count: int) -> Tensor:
 
 def for_capture(device: int, count: int) -> Tensor:
     """New counters for a captured launch: if the stock has too few, each replay zeroes them."""
-    count = -(-count // 4) * 4  # what is left begins at a multiple of 16 bytes again
+    if count == 0:
+        return unused_counter(device)
     with _lock:
         stock = _stock.get(device)
         if stock is None or len(stock) < count:

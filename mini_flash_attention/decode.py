@@ -5,6 +5,7 @@ that stands in GPU memory, and the kernel divides what it finds.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from mini_flash_attention import compile, config
 from mini_flash_attention.counters import unused_counter
 from mini_flash_attention.plans import (
-    ContiguousQ,
+    Like,
     Score,
     argument,
-    contiguous_q,
     dtype_name,
+    like_lse,
+    like_q,
     results,
     score_kind,
     score_numbers,
@@ -47,15 +49,15 @@ class DecodePlan(NamedTuple):
     launch: Callable | None  # None: nothing to compute
     simple: bool  # these five as in ForwardPlan
     device: int
-    contiguous_q: ContiguousQ
-    lse: Tensor
+    q: Like
+    lse: Like
     unread_lse: Any | None
-    partial: Tensor  # what combine.partial says, all one element; with one split an element, not used
     score: Score
     window: tuple[int, int]
     num_splits: int
-    tiles: int  # each has a counter, and its last thread block merges the splits; 0: the combine kernel does
-    no_counters: Any
+    partial: int  # float32 that combine.partial takes
+    tiles: int  # each has a counter, and its last thread block merges the splits; 0 if none does
+    unused: tuple[Any, Any] | None  # what stands for memory and counters if there is one split
 
     def run(
         self,
@@ -71,7 +73,7 @@ class DecodePlan(NamedTuple):
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, alibi_slopes, ragged, out, with_lse)
         out, lse = results(self, q, out, with_lse)
-        memory, counters = self.partial, self.no_counters
+        memory, counters = self.unused
         if self.num_splits > 1:
             memory, counters = workspace(self.partial, self.tiles, self.device)
         score = self.score if alibi_slopes is None else with_slopes(self.score, alibi_slopes, q, ragged)
@@ -85,29 +87,25 @@ class DecodePlan(NamedTuple):
 def plan(problem: Problem, num_splits: int) -> DecodePlan:
     """How to decode; num_splits: 0 if it is to be chosen here."""
     device = problem.device.index
-    element = torch.empty(1, dtype=torch.float32, device=problem.device)
-    shape = 1 if problem.packed_q else problem.batch, problem.heads_q, problem.seqlen_q
-    lse = element.expand(shape)
-    like, score = contiguous_q(problem), score_numbers(problem)
+    q, lse, score = like_q(problem), like_lse(problem), score_numbers(problem)
     window = (
         problem.seqlen_k if problem.window_left is None else problem.window_left,
         problem.seqlen_q if problem.window_right is None else problem.window_right,
     )
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return DecodePlan(None, False, device, like, lse, None, element, score, window, 1, 0, None)
+        return DecodePlan(None, False, device, q, lse, None, score, window, 1, 0, 0, None)
     properties = torch.cuda.get_device_properties(device)
     row = decode_config(problem, config.gpu_arch((properties.major, properties.minor)))
     num_splits = num_splits or choose_splits(problem, row, properties.multi_processor_count)
-    partial = element
-    if num_splits > 1:
-        partial = element.expand(num_splits * lse.numel() * (like[0][-1] + 1))
     tiles = problem.heads_k * tiles_of(problem, problem.group, row.tile_m)
     if num_splits == 1 or tiles > COUNTERS or not fuses(problem, row, num_splits):
         tiles = 0
     kernel = compile.get(row)
-    tensors = like, lse, unread(shape, device), partial
-    splits = num_splits, tiles, argument(unused_counter(device))
-    return DecodePlan(kernel, simple(problem), device, *tensors, score, window, *splits)
+    tensors = q, lse, unread(lse[0], device)
+    splits = num_splits, num_splits * math.prod(lse[0]) * (q[0][-1] + 1), tiles
+    memory = torch.empty(1, dtype=torch.float32, device=problem.device)
+    unused = argument(memory), argument(unused_counter(device))
+    return DecodePlan(kernel, simple(problem), device, *tensors, score, window, *splits, unused)
 
 
 def decode_config(problem: Problem, arch: str) -> config.Decode:
@@ -168,7 +166,7 @@ def fuses(problem: Problem, row: config.Decode, num_splits: int) -> bool:
     It saves a launch, and is as fast as long as all that it reads is on the way at once. Packed queries may
     lie in more tiles than the host knows of.
     """
-    if problem.packed_q or not row.fuses:
+    if problem.packed_q or not row.can_merge:
         return False
     rows = min(problem.longest_q * problem.group, row.tile_m)
     return rows <= row.warps * row.merged_rows and num_splits <= row.merged_splits

@@ -12,12 +12,13 @@ from mini_flash_attention.config import ELEMENTS
 from mini_flash_attention.counters import tile_counter, unused_counter
 from mini_flash_attention.philox import kernel_arguments
 from mini_flash_attention.plans import (
-    ContiguousQ,
+    Like,
     Score,
     argument,
-    contiguous_q,
     dtype_name,
     gpu_arch,
+    like_lse,
+    like_q,
     results,
     score_kind,
     score_numbers,
@@ -149,8 +150,8 @@ class ForwardPlan(NamedTuple):
     launch: Callable | None  # None: nothing to compute
     simple: bool  # q, k and v can be used as they are, if their strides allow it
     device: int
-    contiguous_q: ContiguousQ
-    lse: Tensor  # (batch, heads, seqlen_q), all one element: empty_like is the cheapest allocation
+    q: Like
+    lse: Like
     unread_lse: Any | None  # memory for one that nobody wants
     score: Score
     window: tuple[int, int]
@@ -189,12 +190,10 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
         return None
     check_supported(problem)
     device = problem.device.index
-    sequences = 1 if problem.packed_q else problem.batch
-    shape = sequences, problem.heads_q, problem.seqlen_q
-    lse = torch.empty((), dtype=torch.float32, device=problem.device).expand(shape)
-    score, window, like = score_numbers(problem), window_numbers(problem), contiguous_q(problem)
+    q, lse = like_q(problem), like_lse(problem)
+    score, window = score_numbers(problem), window_numbers(problem)
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return ForwardPlan(None, False, device, like, lse, None, score, window, (), False)
+        return ForwardPlan(None, False, device, q, lse, None, score, window, (), False)
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
     if problem.ragged and not problem.dropout_p and decode.pays(problem, path, num_sms):
@@ -210,7 +209,7 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
         scheduled = m_blocks * problem.heads_q > num_sms  # else it draws nothing, and any address will do
         schedule = (*schedule, num_sms) if scheduled else (*schedule, num_sms, unused_counter(device))
     kernel = compile.get(row)
-    tensors = like, lse, unread(shape, device)
+    tensors = q, lse, unread(lse[0], device)
     return ForwardPlan(kernel, simple(problem), device, *tensors, score, window, schedule, scheduled)
 
 

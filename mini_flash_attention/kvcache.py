@@ -44,10 +44,7 @@ def forward(
         added = update.k.shape[1]
     ragged = dispatch.ragged_arguments(problem, layout, keys, added)
     if update is not None:
-        try:
-            q = append(problem, q, k_cache, v_cache, ragged, update)
-        except NotInPlace:
-            q = cpu_cache.append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
+        q = append(problem, q, k_cache, v_cache, cache_seqlens, layout, ragged, update)
     if plan.simple and isinstance(plan, decode.DecodePlan):
         try:
             return plan.run(q, k_cache, v_cache, alibi_slopes, ragged, None, with_lse)
@@ -96,16 +93,23 @@ def append(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    layout: Layout,
     ragged: tuple,
     update: CacheUpdate,
 ) -> Tensor:
-    """cpu_cache.append by a kernel, which takes the lengths of `ragged` without what this call appends."""
-    if problem.head_dim % config.ELEMENTS or 0 in (problem.batch, problem.seqlen_k, update.k.shape[1]):
-        raise NotInPlace("the kernel copies 16 bytes at a time, one piece at least")
-    rotary = "none"
-    if update.rotary_cos is not None:
-        rotary = "interleaved" if update.interleaved else "halves"
-    return append_plan(problem, rotary).run(q, k_cache, v_cache, ragged, update)
+    """cpu_cache.append, by a kernel if that can copy all in place, 16 bytes at a time."""
+    nothing = 0 in (problem.batch, problem.seqlen_k, update.k.shape[1])
+    if not nothing and problem.head_dim % config.ELEMENTS == 0:
+        rotary = "none"
+        if update.rotary_cos is not None:
+            rotary = "interleaved" if update.interleaved else "halves"
+        plan = append_plan(problem, rotary)
+        try:
+            return plan.run(q, k_cache, v_cache, ragged, update)
+        except NotInPlace:
+            pass
+    return cpu_cache.append(problem, q, k_cache, v_cache, cache_seqlens, layout, update)
 
 
 class AppendPlan(NamedTuple):

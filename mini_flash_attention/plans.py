@@ -46,28 +46,38 @@ def simple(problem: Problem) -> bool:
 def results(plan: Any, q: Tensor, out: Tensor | None, with_lse: bool) -> tuple[Tensor, Any]:
     """Where a ForwardPlan or DecodePlan writes: `out` if given, and an LSE, nobody's unless `with_lse`."""
     if out is None:
-        out = allocate(*plan.contiguous_q) if q.is_contiguous() else torch.empty_like(q)
+        out = allocate(*plan.q) if q.is_contiguous() else torch.empty_like(q)
     lse = None if with_lse else plan.unread_lse
-    return out, torch.empty_like(plan.lse) if lse is None else lse
+    return out, allocate(*plan.lse) if lse is None else lse
 
 
-ContiguousQ = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides
+Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
 
-def contiguous_q(problem: Problem) -> ContiguousQ:
+def like_q(problem: Problem) -> Like:
     """A contiguous q as kernels take it: four modes, the last a multiple of 16 bytes."""
-    batch, heads = 1 if problem.packed_q else problem.batch, problem.heads_q
     row = -(-problem.head_dim // config.ELEMENTS) * config.ELEMENTS
-    shape = batch, problem.seqlen_q, heads, row
-    return shape, (problem.seqlen_q * heads * row, heads * row, row, 1), problem.dtype
+    return _contiguous((_rows(problem), problem.seqlen_q, problem.heads_q, row), problem.dtype)
 
 
-def _allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+def like_lse(problem: Problem) -> Like:
+    return _contiguous((_rows(problem), problem.heads_q, problem.seqlen_q), torch.float32)
 
 
-# What code of torch.compile calls: it takes half the time of torch.empty_like.
-allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _allocate)
+def _rows(problem: Problem) -> int:
+    return 1 if problem.packed_q else problem.batch
+
+
+def _contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Like:
+    return shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), dtype
+
+
+try:  # what code of torch.compile calls, on the current device: it takes half the time of torch.empty_like
+    from torch._C._dynamo.guards import _empty_strided_cuda as allocate
+except ImportError:
+
+    def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 
 
 def argument(x: Tensor) -> Any:

@@ -27,17 +27,20 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def workspace(like: Tensor, count: int, device: int) -> tuple[Tensor, Tensor]:
-    """For a launch on the device's current stream: float32 memory, as much as `like` at least, and counters.
+def workspace(size: int, count: int, device: int) -> tuple[Tensor, Tensor]:
+    """For a launch on the device's current stream: `size` float32 at least, and `count` counters at least.
 
-    count: of counters, COUNTERS at most. They are zero, and must be so again after the launch: counters.py.
+    COUNTERS at most. They are zero, and must be so again after the launch: counters.py.
     """
     if torch._C._cuda_isCurrentStreamCapturing():
-        return torch.empty_like(like), counters.for_capture(device, count)
+        return _empty(size, device), counters.for_capture(device, count)
     stream = torch._C._cuda_getCurrentRawStream(device)
     kept = _kept.of_stream.get((device, stream))
     if kept is None:
-        memory = torch.empty(KEPT, dtype=torch.float32, device=like.device)
-        kept = memory, counters.for_stream(device, COUNTERS)
+        kept = _empty(KEPT, device), counters.for_stream(device, COUNTERS)
         _kept.of_stream[device, stream] = kept
-    return kept if like.numel() <= KEPT else (torch.empty_like(like), kept[1])
+    return kept if size <= KEPT else (_empty(size, device), kept[1])
+
+
+def _empty(size: int, device: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=f"cuda:{device}")

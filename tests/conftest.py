@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mini_flash_attention import config, decode, dispatch, plans
+from mini_flash_attention import config, counters, decode, dispatch, plans, workspace
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,8 @@ def memory_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (decode, dispatch, plans):
         monkeypatch.setattr(module, "argument", lambda tensor: tensor)
     monkeypatch.setattr(plans, "allocate", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(counters, "_zeros", lambda device, count: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(workspace, "_empty", lambda size, device: torch.empty(size))
     monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))
 
 

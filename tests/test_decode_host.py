@@ -172,7 +172,7 @@ def test_tiles_fit() -> None:
         assert row.slots * row.key_warps * chunk == row.shared_memory  # the results fit where the ring was
         assert row.slots >= 3  # one is read, one arrives, one is on the way
         assert row.warp_rows % (4 if row.head_dim % 64 == 0 else 8) == 0 and row.warp_rows <= 32
-        if row.fuses:  # kernels/combine.py: Shared, of each warp, and what is shared by all
+        if row.can_merge:  # kernels/combine.py: Shared, of each warp, and what is shared by all
             each = row.merged_rows * (row.merged_columns * row.merged_splits + MAX_SPLITS)
             assert 4 * (row.warps * each + 1) <= row.shared_memory
         assert row.row_warps == 1 or row.key_warps == 1  # a chunk's readers are a warp, or the thread block
@@ -285,7 +285,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch, memory_of_the_cpu: None) -> Kernels
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     for module in (decode, dispatch):
         monkeypatch.setattr(module, "unused_counter", lambda device: torch.empty(2, dtype=torch.int32))
-    monkeypatch.setattr(counters, "_zeros", lambda device, count: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr(counters, "_stock", {None: torch.zeros(64, dtype=torch.int32)})
     for module, name in (
         (dispatch, "not_given"),
@@ -397,6 +396,33 @@ def test_what_the_append_kernel_cannot_do_takes_another_way(
     assert not kernels.appended
 
 
+def test_what_a_kernel_refuses_is_copied(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels check strides and addresses themselves, and raise ValueError before they do anything."""
+    refused = []
+
+    def refusing(kernel: Any) -> Any:
+        def launch(*arguments: Any) -> None:
+            if not dispatch.ready(*(x for x in arguments[:4] if x is not None)):
+                refused.append(kernel)
+                raise ValueError("Mismatched mQ.strides[3]")
+            kernel(*arguments)
+
+        return launch
+
+    get = kernels.get
+    monkeypatch.setattr(compile, "get", lambda row: refusing(get(row)))
+    q, new_k, new_v = (torch.randn(3, 1, heads, 64, dtype=torch.float16) for heads in (4, 2, 2))
+    k, v = torch.randn(2, 3, 48, 2, 64, dtype=torch.float16)
+    odd = [torch.zeros(3, 48, 2, 77, dtype=torch.float16)[..., 3:67].copy_(x) for x in (k, v)]
+    lengths = torch.tensor([7, 0, 40], dtype=torch.int32)
+    expected = flash_attn_with_kvcache(q, k, v, new_k, new_v, cache_seqlens=lengths)
+    assert kernels.appended and not refused
+    kernels.appended = False
+    out = flash_attn_with_kvcache(q, *odd, new_k, new_v, cache_seqlens=lengths)
+    assert len(refused) == 2 and not kernels.appended
+    assert torch.equal(out, expected) and torch.equal(odd[0], k) and torch.equal(odd[1], v)
+
+
 def test_a_length_on_the_host_makes_no_tensor(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, lengths=13, new=1)
     monkeypatch.setattr(torch, "full", lambda *_, **__: pytest.fail("a tensor was filled"))
@@ -410,9 +436,7 @@ def test_an_lse_that_nobody_wants_is_not_allocated(kernels: Kernels, monkeypatch
     q = torch.randn(3, 1, 4, 64, dtype=torch.float16)
     k = torch.randn(3, 48, 2, 64, dtype=torch.float16)
     lengths = torch.tensor([7, 0, 40], dtype=torch.int32)
-    allocated = []
-    empty_like, allocate = torch.empty_like, plans.allocate
-    monkeypatch.setattr(torch, "empty_like", lambda x: allocated.append(x.shape) or empty_like(x))
+    allocated, allocate = [], plans.allocate
     monkeypatch.setattr(plans, "allocate", lambda *like: allocated.append(like[0]) or allocate(*like))
     for options, shapes in (
         ({}, [q.shape]),
@@ -434,11 +458,13 @@ def test_no_memory_is_made_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None
     assert plans.unread((1, 1, plans.UNREAD + 1), 0) is None
 
 
-def test_a_workspace_is_for_one_thread_and_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workspace_is_for_one_thread_and_one_stream(
+    memory_of_the_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workspace, "_kept", workspace._Kept())
-    monkeypatch.setattr(counters, "_zeros", lambda device, count: torch.zeros(count, dtype=torch.int32))
     stock = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(counters, "_stock", {0: stock, 1: stock})
+    monkeypatch.setattr(counters, "unused_counter", lambda device: "unused")
     state = {"capturing": False, "stream": 1}
     for name, made in (
         ("_cuda_isCurrentStreamCapturing", lambda: state["capturing"]),
@@ -446,10 +472,10 @@ def test_a_workspace_is_for_one_thread_and_one_stream(monkeypatch: pytest.Monkey
     ):
         monkeypatch.setattr(torch._C, name, made, raising=False)
 
-    def get(elements: int = 100, count: int = 9, device: int = 0, **changes: Any) -> tuple[Tensor, Tensor]:
+    def get(size: int = 100, count: int = 9, device: int = 0, **changes: Any) -> tuple[Tensor, Tensor]:
         state.update(capturing=False, stream=1)
         state.update(changes)
-        return workspace.workspace(torch.empty(1).expand(elements), count, device)
+        return workspace.workspace(size, count, device)
 
     first = get()
     assert get() is get(workspace.KEPT) is first
@@ -458,14 +484,15 @@ def test_a_workspace_is_for_one_thread_and_one_stream(monkeypatch: pytest.Monkey
     thread.start()
     thread.join()
     large, its_counters = get(workspace.KEPT + 1)
-    assert large.is_contiguous() and large.numel() == workspace.KEPT + 1 and its_counters is first[1]
+    assert large.numel() == workspace.KEPT + 1 and its_counters is first[1]
     for memories in zip(first, *others, strict=True):
         assert len({x.data_ptr() for x in memories}) == 5
-    assert all(memory.is_contiguous() and not any(counts) for memory, counts in others)
+    assert not any(counts.any() for _, counts in others)
     captured = [get(count=n, capturing=True)[1] for n in (20, 30, 40)]  # the last ones are not in stock
-    assert [len(x) for x in captured] == [20, 32, 40]
+    assert [len(x) for x in captured] == [20, 30, 40]
     ranges = [range(x.data_ptr(), x.data_ptr() + 4 * len(x)) for x in (others[2][1], *captured)]
     assert sum(map(len, ranges)) == len(set().union(*ranges))
+    assert get(count=0, capturing=True)[1] == "unused"
 
 
 def test_many_queries_take_the_forward_kernels(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

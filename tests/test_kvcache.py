@@ -9,7 +9,15 @@ import torch
 from error_rule import check_forward, reference_options
 from torch import Tensor
 
-from mini_flash_attention import compile, cpu_cache, dispatch, flash_attn_with_kvcache, kvcache
+from mini_flash_attention import (
+    compile,
+    counters,
+    cpu_cache,
+    dispatch,
+    flash_attn_with_kvcache,
+    kvcache,
+    workspace,
+)
 from mini_flash_attention.problem import CacheUpdate, Layout
 from mini_flash_attention.problem import cache as problem_of_cache
 
@@ -252,6 +260,15 @@ def test_queries_and_groups(any_path: torch.device, seqlen_q: int, heads: tuple[
         )
 
 
+@pytest.mark.parametrize("num_splits", [0, 2, 16, 50])
+def test_few_keys_in_a_large_cache(any_path: torch.device, num_splits: int) -> None:
+    """Splits without keys, tiles that only one split has a part of, or none."""
+    sizes = {"lengths": [0, 1, 130, 700], "capacity": 4000, "num_splits": num_splits}
+    for seqlen_q, heads in ((1, (8, 2)), (1, (8, 1)), (2, (4, 1)), (5, (8, 2))):
+        check(any_path, seqlen_q=seqlen_q, heads=heads, head_dim=128, causal=True, **sizes)
+    check(any_path, seqlen_q=2, heads=(2, 2), head_dim=64, window_size=(100, 0), page_size=16, **sizes)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 5])
 def test_options(any_path: torch.device, seqlen_q: int, options: dict) -> None:
@@ -269,6 +286,7 @@ def test_head_dims(any_path: torch.device, head_dim: int) -> None:
             seqlen_q=seqlen_q,
             seqlen_new=seqlen_q,
             causal=True,
+            num_splits=4,
             rotary_dim=head_dim // 16 * 16,
             lengths=[0, 50, 289],
             capacity=300,
@@ -421,6 +439,25 @@ def test_caches_of_any_strides(any_path: torch.device) -> None:
         out = flash_attn_with_kvcache(q, *cache, new_k, new_v, cache_seqlens=lengths)
         torch.testing.assert_close(out, expected)
         assert torch.equal(cache[0], plain[0]) and torch.equal(cache[1], plain[1])
+    for shifted in (q, new_k, new_v):
+        copies = [torch.empty(x.numel() + 1).to(x)[1:].view_as(x).copy_(x) for x in (q, new_k, new_v)]
+        copies = [there if x is shifted else x for x, there in zip((q, new_k, new_v), copies, strict=True)]
+        cache = k.clone(), v.clone()
+        out = flash_attn_with_kvcache(copies[0], *cache, *copies[1:], cache_seqlens=lengths)
+        torch.testing.assert_close(out, expected)
+        assert torch.equal(cache[0], plain[0]) and torch.equal(cache[1], plain[1])
+
+
+@pytest.mark.parametrize(
+    "num_splits", [1, 4, 20]
+)  # 4: merged by the decode kernel, 20: by the combine kernel
+def test_nan_goes_through_the_splits(any_path: torch.device, num_splits: int) -> None:
+    q = torch.randn(1, 1, 8, 128, device=any_path, dtype=torch.float16)
+    k, v = torch.randn(2, 1, 3000, 2, 128, device=any_path, dtype=torch.float16)
+    k[0, 700, 0] = NAN
+    out, lse = flash_attn_with_kvcache(q, k, v, num_splits=num_splits, return_softmax_lse=True)
+    assert out[:, :, :4].isnan().all() and lse[:, :4].isnan().all()
+    assert not out[:, :, 4:].isnan().any() and not lse[:, 4:].isnan().any()
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -445,7 +482,7 @@ def test_what_has_no_place_is_not_written(any_path: torch.device, paged: bool) -
         cpu_cache.append(problem, q, cache.k, cache.v, lengths, layout, update)
     else:
         ragged = dispatch.ragged_arguments(problem, layout, keys=0, added=5)
-        kvcache.append(problem, q, cache.k, cache.v, ragged, update)
+        kvcache.append_plan(problem, "none").run(q, cache.k, cache.v, ragged, update)
     places = [(3, 30, 0, 0), (3, 31, 0, 1), (0, 14, 1, 0), (0, 15, 1, 1)]  # row, token, sequence, new token
     places += [(1, 0, 2, 2), (1, 1, 2, 3), (1, 2, 2, 4)]
     places += [] if paged else [(0, 16, 1, 2), (0, 17, 1, 3), (0, 18, 1, 4)]
@@ -570,21 +607,99 @@ def test_graph_replays_read_the_lengths_anew(
             assert torch.equal(pool.view(torch.int16), other.view(torch.int16)), step
 
 
-def test_threads_and_streams_do_not_disturb_each_other(gpu: torch.device) -> None:
+@pytest.mark.parametrize("num_splits", [16, 17])  # merged by the decode kernel, by the combine kernel
+def test_threads_and_streams_do_not_disturb_each_other(gpu: torch.device, num_splits: int) -> None:
     """The results of splits lie in memory that is kept from call to call."""
     k, v = torch.randn(2, 2, 4096, 2, 128, device=gpu, dtype=torch.float16)
     queries = [torch.randn(2, 1, 8, 128, device=gpu, dtype=torch.float16) for _ in range(4)]
-    expected = [flash_attn_with_kvcache(q, k, v, num_splits=16) for q in queries]
+    expected = [flash_attn_with_kvcache(q, k, v, num_splits=num_splits) for q in queries]
     streams = 2 * [torch.cuda.current_stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
 
     def repeat(q: Tensor, expected: Tensor, stream: torch.cuda.Stream) -> bool:
         with torch.cuda.stream(stream):
-            outs = [flash_attn_with_kvcache(q, k, v, num_splits=16) for _ in range(200)]
+            outs = [flash_attn_with_kvcache(q, k, v, num_splits=num_splits) for _ in range(200)]
             return all(torch.equal(out, expected) for out in outs)
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(repeat, queries, expected, streams))
+
+
+def test_calls_follow_each_other(gpu: torch.device) -> None:
+    """A kernel that is launched early waits for what the one before it writes."""
+    k, v, new_k, new_v = (
+        torch.randn(2, n, 2, 128, device=gpu, dtype=torch.float16) for n in (2048, 2048, 1, 1)
+    )
+    lengths = int32([1000, 2047], gpu)
+
+    def chain(num_splits: int, wait: bool) -> Tensor:
+        out, cache = torch.ones(2, 1, 8, 128, device=gpu, dtype=torch.float16), (k.clone(), v.clone())
+        for step in range(30):  # every second one appends
+            new = (new_k * out[:, :, :2], new_v) if step % 2 else ()
+            out = flash_attn_with_kvcache(out, *cache, *new, cache_seqlens=lengths, num_splits=num_splits)
+            if wait:
+                torch.cuda.synchronize()
+        return out
+
+    for num_splits in (1, 8, 20):
+        assert torch.equal(chain(num_splits, wait=False), chain(num_splits, wait=True))
+
+
+def test_what_is_kept_in_inference_mode_serves_outside_of_it(gpu: torch.device) -> None:
+    q = torch.randn(1, 1, 8, 128, device=gpu, dtype=torch.float16)
+    k, v = torch.randn(2, 1, 2048, 2, 128, device=gpu, dtype=torch.float16)
+
+    def both() -> bool:
+        with torch.inference_mode():
+            inside = flash_attn_with_kvcache(q, k, v, num_splits=8)
+        outside = flash_attn_with_kvcache(q, k, v, num_splits=8)
+        return torch.equal(inside, outside) and inside.is_inference() and not outside.is_inference()
+
+    with ThreadPoolExecutor(1) as pool:  # a thread of its own has memory of its own
+        assert pool.submit(both).result()
+
+
+def test_other_device(gpu: torch.device) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tensors = [
+        torch.randn(1, n, h, 128, device=gpu, dtype=torch.float16) for n, h in ((1, 8), *2 * [(2048, 2)])
+    ]
+    expected = flash_attn_with_kvcache(*tensors)
+    out = flash_attn_with_kvcache(*(x.to("cuda:1") for x in tensors))
+    assert torch.cuda.current_device() == 0 and out.device.index == 1
+    assert torch.equal(out.to(gpu), expected)
+
+
+@pytest.mark.parametrize("stock", ["enough", "none"])
+def test_graphs_count_their_splits_apart(
+    gpu: torch.device, stock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays on two streams, beside eager calls; all counters are 0 again afterwards."""
+    q = torch.randn(3, 1, 8, 128, device=gpu, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 3, 2048, 2, 128, device=gpu, dtype=torch.bfloat16)
+    expected = flash_attn_with_kvcache(q, k, v, num_splits=16)
+    if stock == "none":
+        monkeypatch.setattr(counters, "_stock", {})
+    graphs, streams, captured = [], [torch.cuda.Stream() for _ in range(2)], []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            captured += [flash_attn_with_kvcache(q, k, v, num_splits=16) for _ in range(3)]
+    for _ in range(20):
+        for out in captured:
+            out.fill_(NAN)
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        beside = flash_attn_with_kvcache(q, k, v, num_splits=16)
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, expected) for out in (*captured, beside))
+    kept = [counts for _, counts in workspace._kept.of_stream.values()]
+    assert kept and counters._captured
+    assert not any(counts.any() for counts in (*kept, *counters._captured))
 
 
 def test_no_synchronisation_and_one_kernel_for_all_lengths(

@@ -26,7 +26,7 @@ class Decode:
     tile_m: int  # query rows of a thread block, 16 for a warp: queries times the heads that share a key head
     chunk: int  # keys that a warp works on at a time
     slots: int  # chunks of K and V in shared memory, one of them not in flight
-    pdl: bool  # the combine kernel is launched before the splits are there, to wait for them: SM90 on
+    pdl: bool  # each kernel is launched before the one in front of it is done, to wait for it: SM90 on
     score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
     page: int = 0  # 1: k and v are pages, of any size
 
@@ -41,7 +41,7 @@ class Decode:
         return self.warps // self.row_warps
 
     @property
-    def fuses(self) -> bool:
+    def can_merge(self) -> bool:
         """Whether a thread block can merge the splits of its tile: the rows are few."""
         return self.row_warps == 1
 
@@ -57,8 +57,8 @@ class Decode:
 
     @property
     def merged_rows(self) -> int:
-        """Rows that a warp merges together, in the ring's memory."""
-        return 2 if self.shared_memory >= 70 * 1024 else 1
+        """Rows that a warp merges together: as many as the ring's memory has room for, 8.5 KB each."""
+        return min(2, self.shared_memory // (self.warps * 8704 + 1))
 
     @property
     def tile_n(self) -> int:
@@ -139,6 +139,11 @@ class KvAppend:
     dtype: str
     rotary: str  # one of ROTARY
     page: int  # 1: k and v are pages, of any size
+
+    @property
+    def pdl(self) -> bool:
+        """Launched before the kernel in front of it is done, to wait for it."""
+        return is_sm90_or_newer(self.arch)
 
 
 def append_configs(arch: str) -> Iterator[KvAppend]:

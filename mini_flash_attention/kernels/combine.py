@@ -120,7 +120,7 @@ def add_splits(
     """acc (4, columns / 128) += the lane's columns of the splits of a row in `part` (columns, slots)."""
     for i in cutlass.range_constexpr(part.shape[1]):
         weight = share[cutlass.min(first + i, MAX_SPLITS - 1)]
-        if first + i < splits and weight > 0.0:  # else its O may be anything
+        if first + i < splits and weight != 0.0:  # else its O may be anything; a NaN goes on
             for v in cutlass.range_constexpr(cute.size(acc, mode=[1])):
                 O = cute.make_rmem_tensor(4, Float32)
                 cute.autovec_copy(cute.local_tile(part[None, i], (4,), (lane + 32 * v,)), O)

@@ -471,8 +471,8 @@ def kernel(
             cute.arch.barrier()
             store(config, call, tile, split, shared, tidx)
             cute.arch.barrier()  # the next rows' keys may come; what is merged is stored
-            if const_expr(config.fuses):
-                if call.fused and not tile.alone:
+            if const_expr(config.can_merge):
+                if call.fused and not tile.alone:  # such tiles have no more rows
                     merge_splits(config, call, tile, unit, sKV, tidx)
         elif call.fused == 0:
             store_nothing(config, call, tile, split, tidx)

@@ -173,6 +173,9 @@ def kernel(
     rotary: Rotary | None,
     advance: Int32,
 ):
+    if const_expr(config.pdl):
+        cute.arch.griddepcontrol_launch_dependents()  # the next kernel's blocks may come, and wait
+        cute.arch.griddepcontrol_wait()  # all that is read is there
     tidx, _, _ = cute.arch.thread_idx()
     block, kind, _ = cute.arch.block_idx()
     i = block * THREADS + tidx
@@ -221,7 +224,12 @@ def launch(
         mQ_out,
         rotary,
         advance,
-    ).launch(grid=(cute.ceil_div(most, THREADS), kinds, 1), block=(THREADS, 1, 1), stream=stream)
+    ).launch(
+        grid=(cute.ceil_div(most, THREADS), kinds, 1),
+        block=(THREADS, 1, 1),
+        stream=stream,
+        use_pdl=config.pdl,
+    )
 
 
 def fake_arguments(config) -> tuple:
