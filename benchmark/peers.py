@@ -25,7 +25,7 @@ class Implementation(NamedTuple):
     `call(q, k, v, causal)`: attention; ours takes flash_attn's other keywords too.
     `varlen(q, k, v, cu_seqlens, longest)`: causal self-attention of packed (tokens, heads, head_dim)
     sequences; sequence i is cu_seqlens[i] to cu_seqlens[i + 1].
-    `decode(q, k, v, seqlens)`: k and v are a cache; ours takes its block_table too.
+    `decode(q, k, v, seqlens)`: k and v are a cache; ours takes flash_attn's other keywords too.
     `scope()` is entered around many calls, so that choosing a backend is not timed with them.
     """
 
@@ -75,8 +75,8 @@ def _mini_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: i
     return mini_flash_attention.flash_attn_varlen_func(q, k, v, *lengths, causal=True)
 
 
-def _mini_decode(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: Tensor) -> Tensor:
-    return mini_flash_attention.flash_attn_with_kvcache(q, k, v, cache_seqlens=seqlens, **options)
+def _mini_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, **options: Tensor) -> Tensor:
+    return mini_flash_attention.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, **options)
 
 
 @contextmanager

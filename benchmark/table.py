@@ -24,7 +24,7 @@ _SUITES = {
 # Variants of ours that are columns beside the plain one, as others have no such function; lines are
 # for the variants that all implementations run.
 _FEATURES = ("softcap", "alibi", "dropout", "deterministic")
-_BESIDE = ("dense", *(f"paged{size}" for size in PAGE_SIZES))
+_BESIDE = ("dense", *(f"paged{size}" for size in PAGE_SIZES), "eager paged16", "eager append")
 _COLUMNS = ("mini", *_FEATURES, *_BESIDE, *peers.NAMES[1:], estimates.NAME)
 
 Line = tuple[Row, dict[str, Row]]  # a case, by any of its rows, and the rows by column
@@ -89,7 +89,7 @@ def _tables(run: Sequence[Row]) -> Iterator[str]:
 
 def _caption(row: Row, more: str) -> str:
     what = f"{_SUITES[row.suite]}{_DIRECTIONS[row.direction]}, {row.dtype}"
-    what += ", host time of one eager call" if row.variant == "eager" else ""
+    what += ", host time of one eager call" if row.variant.startswith("eager") else ""
     machine = [row.gpu, row.driver and f"driver {row.driver}", f"PyTorch {row.torch}"]
     machine += [row.cutlass_dsl and f"nvidia-cutlass-dsl {row.cutlass_dsl}", f"commit {row.commit}"]
     title = f"{what[0].upper()}{what[1:]}: {metric(row).unit}{more}"

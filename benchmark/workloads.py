@@ -105,15 +105,20 @@ def _decode(case: Case, implementations: Implementations, device: str) -> Iterat
         if impl.decode is not None:
             call = functools.partial(each, impl.decode)
             yield Contestant(name, case.variant, call, impl.scope, error, copies)
-    if "mini" not in implementations or eager:
+    if "mini" not in implementations:
         return
-    for size in PAGE_SIZES:
+    mini, prefix = implementations["mini"], "eager " if eager else ""
+    for size in (16,) if eager else PAGE_SIZES:
         # The same memory, as pages that belong to the sequences in a random order.
         pages = torch.randperm(case.batch * case.seqlen_k // size, device=device)
         table = pages.view(case.batch, -1).int()
-        call = functools.partial(each, functools.partial(_paged, implementations["mini"], table, size))
+        call = functools.partial(each, functools.partial(_paged, mini, table, size))
         first = [_pages(tensor, size)[table[0]].flatten(0, 1)[None] for tensor in cache]
-        yield Contestant("mini", f"paged{size}", call, nullcontext, _error(case, (q, *first)), copies)
+        yield Contestant("mini", f"{prefix}paged{size}", call, nullcontext, _error(case, (q, *first)), copies)
+    if eager:  # with the newest token's key and value, so the cache is another one afterwards
+        k, v = (torch.randn_like(tensor[:, :1]) for tensor in cache)
+        append = functools.partial(mini.decode, q, *cache, seqlens - 1, k=k, v=v)
+        yield Contestant("mini", "eager append", append, nullcontext)
 
 
 def _paged(

@@ -121,7 +121,11 @@ def test_decoding_rotates_caches_and_pages(monkeypatch: pytest.MonkeyPatch) -> N
         with one.scope():
             assert one.error(one.call()) < 1e-5
     eager = workloads.contestants(tiny_decode("eager"), found, "cpu")
-    assert [(one.name, one.problems) for one in eager] == [("mini eager", 1), ("sdpa-flash eager", 1)]
+    names = ["mini eager", "sdpa-flash eager", "mini eager paged16", "mini eager append"]
+    for one, name in zip(eager, names, strict=True):
+        assert (one.name, one.problems) == (name, 1)
+        out = one.call()
+        assert one.error is None or one.error(out) < 1e-5
 
 
 @pytest.mark.parametrize(("lengths", "names"), [((8, 8), ["mini", "mini dense"]), ((3, 9, 1), ["mini"])])
@@ -291,12 +295,13 @@ def test_table_of_decoding_has_pages_and_an_estimate() -> None:
 
     rows = [decoded("mini", 20.0), decoded("sdpa-cudnn", 26.8), decoded("mini", 20.5, "paged16")]
     eager = [decoded("mini", 15.0, "eager"), decoded("sdpa-cudnn", 30.0, "eager")]
+    eager.append(decoded("mini", 16.0, "eager append"))
     device, host = table.render(table.newest(rows + eager)).split("\n\n**")
     assert "| mini | mini paged16 | sdpa-cudnn | fa3 (est.) | mini / best peer |" in device
     cells = "**1678 (20.0)** | 1637 (20.5) | 1252 (26.8) | 1118 (30.0) | 1.34"
     assert f"| 128 | no | 1/8192 | 1 | 32/8 | {cells} |" in device
     assert "host time of one eager call: µs" in host
-    assert "| 128 | no | 1/8192 | 1 | 32/8 | **15.0** | 30.0 | 2.00 |" in host
+    assert "| 128 | no | 1/8192 | 1 | 32/8 | **15.0** | 16.0 | 30.0 | 2.00 |" in host
 
 
 def test_table_of_varlen_has_dense_beside_and_longtail_below() -> None:
