@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import compile, config, cpu, cpu_cache, decode, dispatch
-from mini_flash_attention.plans import dtype_name, gpu_arch
+from mini_flash_attention.plans import Like, dtype_name, empty_like, gpu_arch, like_q
 from mini_flash_attention.problem import CacheUpdate, Layout, Problem
 
 # What a kernel raises, before it does anything, if it cannot read a tensor where it lies. It checks that in
@@ -117,6 +117,7 @@ class AppendPlan(NamedTuple):
 
     launch: Callable
     device: int
+    q: Like
     advance: int  # whether each query is rotated to a position of its own
 
     def run(
@@ -134,7 +135,7 @@ class AppendPlan(NamedTuple):
         if update.rotary_cos is None:
             self.launch(update.k, update.v, k_cache, v_cache, None, None, None, self.advance, ragged)
             return q
-        out, rotary = torch.empty_like(q), (update.rotary_cos, update.rotary_sin)
+        out, rotary = empty_like(q, self.q), (update.rotary_cos, update.rotary_sin)
         self.launch(update.k, update.v, k_cache, v_cache, q, out, rotary, self.advance, ragged)
         return out
 
@@ -145,4 +146,4 @@ def append_plan(problem: Problem, rotary: str) -> AppendPlan:
     row = config.KvAppend(gpu_arch(device), dtype_name(problem), rotary, int(problem.page_size > 0))
     kernel = compile.get(row)
     advance = problem.window_left is not None or problem.window_right is not None
-    return AppendPlan(kernel, device, int(advance))
+    return AppendPlan(kernel, device, like_q(problem), int(advance))

@@ -46,7 +46,7 @@ def simple(problem: Problem) -> bool:
 def results(plan: Any, q: Tensor, out: Tensor | None, with_lse: bool) -> tuple[Tensor, Any]:
     """Where a ForwardPlan or DecodePlan writes: `out` if given, and an LSE, nobody's unless `with_lse`."""
     if out is None:
-        out = allocate(*plan.q) if q.is_contiguous() else torch.empty_like(q)
+        out = empty_like(q, plan.q)
     lse = None if with_lse else plan.unread_lse
     return out, allocate(*plan.lse) if lse is None else lse
 
@@ -78,6 +78,11 @@ except ImportError:
 
     def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+def empty_like(x: Tensor, contiguous: Like) -> Tensor:
+    """torch.empty_like; contiguous: what x is like, if it is contiguous."""
+    return allocate(*contiguous) if x.is_contiguous() else torch.empty_like(x)
 
 
 def argument(x: Tensor) -> Any:
