@@ -97,34 +97,30 @@ def _decode(case: Case, implementations: Implementations, device: str) -> Iterat
     caches = [cache] + [[torch.randn_like(tensor) for tensor in cache] for _ in range(copies - 1)]
     seqlens = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=device)
 
-    def each(decode: Callable[..., Tensor]) -> Tensor:
-        return [decode(q, k, v, seqlens) for k, v in caches][0]
+    def each(decode: Callable[..., Tensor], caches: Sequence, **options: Tensor) -> Callable[[], Tensor]:
+        """A call for each cache; of one, nothing but the call, as the host's time is what counts."""
+        calls = [functools.partial(decode, q, *cache, seqlens, **options) for cache in caches]
+        return calls[0] if eager else lambda: [call() for call in calls][0]
 
     error = _error(case, (q, *cache))
     for name, impl in implementations.items():
         if impl.decode is not None:
-            call = functools.partial(each, impl.decode)
-            yield Contestant(name, case.variant, call, impl.scope, error, copies)
+            yield Contestant(name, case.variant, each(impl.decode, caches), impl.scope, error, copies)
     if "mini" not in implementations:
         return
     mini, prefix = implementations["mini"], "eager " if eager else ""
     for size in (16,) if eager else PAGE_SIZES:
         # The same memory, as pages that belong to the sequences in a random order.
-        pages = torch.randperm(case.batch * case.seqlen_k // size, device=device)
-        table = pages.view(case.batch, -1).int()
-        call = functools.partial(each, functools.partial(_paged, mini, table, size))
-        first = [_pages(tensor, size)[table[0]].flatten(0, 1)[None] for tensor in cache]
+        numbers = torch.randperm(case.batch * case.seqlen_k // size, device=device)
+        table = numbers.view(case.batch, -1).int()
+        pages = [[_pages(tensor, size) for tensor in cache] for cache in caches]
+        call = each(mini.decode, pages, block_table=table)
+        first = [tensor[table[0]].flatten(0, 1)[None] for tensor in pages[0]]
         yield Contestant("mini", f"{prefix}paged{size}", call, nullcontext, _error(case, (q, *first)), copies)
     if eager:  # with the newest token's key and value, so the cache is another one afterwards
+        seqlens = seqlens - 1
         k, v = (torch.randn_like(tensor[:, :1]) for tensor in cache)
-        append = functools.partial(mini.decode, q, *cache, seqlens - 1, k=k, v=v)
-        yield Contestant("mini", "eager append", append, nullcontext)
-
-
-def _paged(
-    mini: Implementation, table: Tensor, size: int, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor
-) -> Tensor:
-    return mini.decode(q, _pages(k, size), _pages(v, size), seqlens, block_table=table)
+        yield Contestant("mini", "eager append", each(mini.decode, caches, k=k, v=v), nullcontext)
 
 
 def _pages(cache: Tensor, size: int) -> Tensor:

@@ -37,6 +37,7 @@ LATENCY = 0.4  # of a key block, in a thread block that has the memory for itsel
 BANDWIDTH_ALONE = 177e3  # beyond that
 BANDWIDTH_OF_SM = 23e3  # with all SMs at work
 START = 0.5  # another thread block for each SM
+UNEVEN = 0.16  # of the time that all need together, if some SMs have a thread block more than others
 MERGE, MERGE_SPLIT = 1.4, 0.03  # of all splits, and of each
 # TFLOP/s that mma.sync and wgmma reach on an H100 (docs/worklog.md).
 MMA_RATE, WGMMA_RATE = 350, 650
@@ -134,7 +135,8 @@ def choose_splits(problem: Problem, row: config.Decode, num_sms: int) -> int:
 def best_splits(tiles: int, rows: float, blocks: int, block_size: int, num_sms: int, resident: int) -> int:
     """The number of splits with the least estimated time, the smallest of those.
 
-    A thread block alone is bound by how much it has on the way, all together by the memory.
+    A thread block alone is bound by how much it has on the way, all together by the memory. With a tile for
+    each SM there is no need to split.
 
     Args:
         tiles: thread blocks that a split takes.
@@ -150,14 +152,17 @@ def best_splits(tiles: int, rows: float, blocks: int, block_size: int, num_sms: 
         """In µs, without what all have in common."""
         length = -(-blocks // splits)
         splits = -(-blocks // length)
-        rounds = -(-splits * tiles // (num_sms * resident))
-        alone = rounds * length * (LATENCY + block_size / BANDWIDTH_ALONE)
+        per_sm = splits * tiles / num_sms
+        alone = math.ceil(per_sm / resident) * length * (LATENCY + block_size / BANDWIDTH_ALONE)
         moved = tiles * (blocks + (2 * rows * splits if splits > 1 else 0))
         together = moved * block_size / (num_sms * BANDWIDTH_OF_SM)
+        if per_sm > 1:
+            together *= 1 + UNEVEN * (math.ceil(per_sm) / per_sm - 1)
         merging = MERGE + MERGE_SPLIT * splits if splits > 1 else 0.0
-        return (alone**3 + together**3) ** (1 / 3) + START * splits * tiles / num_sms + merging
+        return (alone**3 + together**3) ** (1 / 3) + START * per_sm + merging
 
-    return min(range(fewest, max(fewest, min(MAX_SPLITS, blocks)) + 1), key=time)
+    most = 1 if tiles >= num_sms else min(MAX_SPLITS, blocks)
+    return min(range(fewest, max(fewest, most) + 1), key=time)
 
 
 def fuses(problem: Problem, row: config.Decode, num_splits: int) -> bool:

@@ -95,7 +95,7 @@ def test_splits_fill_the_gpu(tiles: int, blocks: int) -> None:
     assert blocks / splits <= decode.MAX_BLOCKS
     assert tiles * splits >= min(0.4 * 132, tiles * MAX_SPLITS)  # so many keep the memory busy
     if tiles >= 132:
-        assert splits <= max(2, blocks / decode.MAX_BLOCKS)
+        assert splits == -(-blocks // decode.MAX_BLOCKS)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,10 @@ def test_splits_fill_the_gpu(tiles: int, blocks: int) -> None:
         (8, 4, 1024, (4, 8)),
         (8, 4, 2048, (8, 16)),
         (8, 4, 8192, (8, 16)),
-        (8, 4, 32768, (8, 16)),
+        (8, 4, 32768, (10, 16)),
+        (8, 4, 131072, (10, 16)),
+        (32, 4, 32768, (3, 4)),
+        (24, 4, 8192, (3, 5)),
         (1, 8, 2048, (12, 16)),
         (1, 8, 8192, (24, 64)),
         (1, 8, 32768, (43, 96)),
@@ -114,6 +117,7 @@ def test_splits_fill_the_gpu(tiles: int, blocks: int) -> None:
         (32, 4, 2048, (1, 4)),
         (64, 4, 1024, (1,)),
         (128, 4, 4096, (1, 2)),
+        (144, 4, 8192, (1,)),
     ],
 )
 def test_splits_are_those_that_were_fast(tiles: int, group: int, keys: int, best: tuple[int, ...]) -> None:
