@@ -89,7 +89,7 @@ def _tables(run: Sequence[Row]) -> Iterator[str]:
 
 def _caption(row: Row, more: str) -> str:
     what = f"{_SUITES[row.suite]}{_DIRECTIONS[row.direction]}, {row.dtype}"
-    what += ", host time of one eager call" if row.variant.startswith("eager") else ""
+    what += ", host time of one eager call" if row.suite == "decode" and results.is_host_time(row) else ""
     machine = [row.gpu, row.driver and f"driver {row.driver}", f"PyTorch {row.torch}"]
     machine += [row.cutlass_dsl and f"nvidia-cutlass-dsl {row.cutlass_dsl}", f"commit {row.commit}"]
     title = f"{what[0].upper()}{what[1:]}: {metric(row).unit}{more}"

@@ -98,12 +98,10 @@ def plan(problem: Problem, num_splits: int) -> DecodePlan:
     properties = torch.cuda.get_device_properties(device)
     row = decode_config(problem, config.gpu_arch((properties.major, properties.minor)))
     num_splits = num_splits or choose_splits(problem, row, properties.multi_processor_count)
-    tiles = problem.heads_k * tiles_of(problem, problem.group, row.tile_m)
-    if num_splits == 1 or tiles > COUNTERS or not fuses(problem, row, num_splits):
-        tiles = 0
     kernel = compile.get(row)
     tensors = q, lse, unread(lse[0], device)
-    splits = num_splits, num_splits * math.prod(lse[0]) * (q[0][-1] + 1), tiles
+    partial = num_splits * math.prod(lse[0]) * (q[0][-1] + 1)
+    splits = num_splits, partial, fused_tiles(problem, row, num_splits)
     memory = torch.empty(1, dtype=torch.float32, device=problem.device)
     unused = argument(memory), argument(unused_counter(device))
     return DecodePlan(kernel, simple(problem), device, *tensors, score, window, *splits, unused)
@@ -165,16 +163,17 @@ def best_splits(tiles: int, rows: float, blocks: int, block_size: int, num_sms: 
     return min(range(fewest, max(fewest, most) + 1), key=time)
 
 
-def fuses(problem: Problem, row: config.Decode, num_splits: int) -> bool:
-    """Whether the thread block of a tile that is done last merges its splits, instead of the combine kernel.
+def fused_tiles(problem: Problem, row: config.Decode, num_splits: int) -> int:
+    """How many tiles there are, if the last thread block of each is to merge its splits; else 0.
 
-    It saves a launch, and is as fast as long as all that it reads is on the way at once. Packed queries may
-    lie in more tiles than the host knows of.
+    That saves the launch of the combine kernel, and is as fast as long as all that it reads is on the way at
+    once. Packed queries may lie in more tiles than the host knows of.
     """
-    if problem.packed_q or not row.can_merge:
-        return False
+    if problem.packed_q or not row.can_merge or not 1 < num_splits <= row.merged_splits:
+        return 0
     rows = min(problem.longest_q * problem.group, row.tile_m)
-    return rows <= row.warps * row.merged_rows and num_splits <= row.merged_splits
+    tiles = problem.heads_k * tiles_of(problem, problem.group, row.tile_m)
+    return tiles if rows <= row.warps * row.merged_rows and tiles <= COUNTERS else 0
 
 
 def pays(problem: Problem, path: str, num_sms: int) -> bool:

@@ -405,26 +405,20 @@ def ragged_arguments(problem: Problem, layout: Layout, keys: int, added: int) ->
     """
     cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx, block_table = layout
     none, no_table = not_given(problem.device.index)
-    given = 31
-    if cu_seqlens_q is None:
-        cu_seqlens_q, given = none, given - 1
-    if cu_seqlens_k is None:
-        cu_seqlens_k, given = none, given - 2
-    if seqused_k is None:
-        seqused_k, given = none, given - 4
-    if leftpad_k is None:
-        leftpad_k, given = none, given - 8
-    if batch_idx is None:
-        batch_idx, given = none, given - 16
-    if block_table is None:
-        block_table = no_table
+    given = (
+        (cu_seqlens_q is not None)
+        + 2 * (cu_seqlens_k is not None)
+        + 4 * (seqused_k is not None)
+        + 8 * (leftpad_k is not None)
+        + 16 * (batch_idx is not None)
+    )
     return (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        leftpad_k,
-        batch_idx,
-        block_table,
+        none if cu_seqlens_q is None else cu_seqlens_q,
+        none if cu_seqlens_k is None else cu_seqlens_k,
+        none if seqused_k is None else seqused_k,
+        none if leftpad_k is None else leftpad_k,
+        none if batch_idx is None else batch_idx,
+        no_table if block_table is None else block_table,
         given,
         keys,
         added,

@@ -62,7 +62,7 @@ class Problem:
         """Without the hash, which another process would not compute alike."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    @cached_property
+    @property
     def longest_q(self) -> int:
         return self.max_seqlen_q or self.seqlen_q
 

@@ -448,9 +448,7 @@ def test_caches_of_any_strides(any_path: torch.device) -> None:
         assert torch.equal(cache[0], plain[0]) and torch.equal(cache[1], plain[1])
 
 
-@pytest.mark.parametrize(
-    "num_splits", [1, 4, 20]
-)  # 4: merged by the decode kernel, 20: by the combine kernel
+@pytest.mark.parametrize("num_splits", [1, 4, 20])  # 4: the decode kernel merges them, 20: combine
 def test_nan_goes_through_the_splits(any_path: torch.device, num_splits: int) -> None:
     q = torch.randn(1, 1, 8, 128, device=any_path, dtype=torch.float16)
     k, v = torch.randn(2, 1, 3000, 2, 128, device=any_path, dtype=torch.float16)
