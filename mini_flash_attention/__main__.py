@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import mini_flash_attention
-from mini_flash_attention import cache, compile, config
+from mini_flash_attention.gpu import cache, compile, config
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention.kernels.blocks import key_blocks, query_blocks
+from mini_flash_attention.kernels.parts.blocks import key_blocks, query_blocks
 from mini_flash_attention.philox import keep_mask
 from mini_flash_attention.problem import Layout, Problem
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention import compile, config
 from mini_flash_attention.counters import unused_counter
+from mini_flash_attention.gpu import compile, config
 from mini_flash_attention.plans import (
     Like,
     Score,
@@ -80,7 +80,7 @@ class DecodePlan(NamedTuple):
         score = self.score if alibi_slopes is None else with_slopes(self.score, alibi_slopes, q, ragged)
         left, right = self.window
         splits = self.num_splits, int(self.tiles > 0), counters
-        self.launch(q, k, v, out, lse, memory, score, left, right, ragged, *splits)
+        self.launch((q, k, v, out, lse, memory, score, left, right, ragged, *splits))
         return out, lse if with_lse else None
 
 

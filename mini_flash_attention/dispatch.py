@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention import compile, config, cpu, decode, environment
-from mini_flash_attention.config import ELEMENTS
+from mini_flash_attention import cpu, decode, environment
 from mini_flash_attention.counters import tile_counter, unused_counter
+from mini_flash_attention.gpu import compile, config
+from mini_flash_attention.gpu.config import ELEMENTS
 from mini_flash_attention.philox import kernel_arguments
 from mini_flash_attention.plans import (
     Like,
@@ -176,9 +177,9 @@ class ForwardPlan(NamedTuple):
         score = self.score if alibi_slopes is None else with_slopes(self.score, alibi_slopes, q, ragged)
         arguments = q, k, v, out, lse, score, *self.window, ragged, self.dropout, *self.schedule
         if self.scheduled:
-            self.launch(*arguments, tile_counter(self.device))
+            self.launch((*arguments, tile_counter(self.device)))
         else:
-            self.launch(*arguments)
+            self.launch(arguments)
         return out, lse if with_lse else None
 
 
@@ -200,14 +201,14 @@ def forward_plan(problem: Problem, forced: str | None) -> ForwardPlan | decode.D
         return decode.plan(problem, num_splits=0)
     row = forward_config(problem, path, config.gpu_arch((properties.major, properties.minor)))
     tiles = row.at(problem.longest_q)
-    schedule = (swath(tiles, problem, num_sms),)
+    schedule = (swath(tiles, problem, num_sms), None, None)
     scheduled = False
-    if row.kernel == "fwd_sm90":
+    if row.kernel == "forward.sm90":
         m_blocks = -(-problem.seqlen_q // tiles.tile_m) * problem.batch
         if problem.packed_q:  # scheduler.num_tiles
             m_blocks = problem.seqlen_q // tiles.tile_m + min(problem.batch, problem.seqlen_q)
         scheduled = m_blocks * problem.heads_q > num_sms  # else it draws nothing, and any address will do
-        schedule = (*schedule, num_sms) if scheduled else (*schedule, num_sms, unused_counter(device))
+        schedule = (schedule[0], num_sms) if scheduled else (schedule[0], num_sms, unused_counter(device))
     kernel = compile.get(row)
     tensors = q, lse, unread(lse[0], device)
     return ForwardPlan(kernel, simple(problem), device, *tensors, score, window, schedule, scheduled)
@@ -249,7 +250,7 @@ class BackwardPlan(NamedTuple):
         dlse = dlse.contiguous() if has_dlse else lse
         tensors = q, k, v, out, dout, lse, dlse, stats, dq_acc, *gradients
         numbers = score, int(has_dlse), *self.window, ragged, dropout
-        self.launch(*tensors, *numbers, turns, *self.schedule)
+        self.launch((*tensors, *numbers, turns, *self.schedule))
         return dq, dk, dv
 
 
@@ -265,8 +266,8 @@ def backward_plan(problem: Problem, forced: str | None) -> BackwardPlan | None:
         return BackwardPlan(None, device, config.Workspace((), (), ()), *numbers)
     row = backward_config(problem, path, gpu_arch(device))
     workspace = config.workspace(row, problem.batch, problem.heads_q, problem.seqlen_q)
-    schedule = ()
-    if row.kernel == "bwd_sm90":
+    schedule = (None,)
+    if row.kernel == "backward.sm90":
         schedule = (torch.cuda.get_device_properties(device).multi_processor_count,)
     return BackwardPlan(compile.get(row), device, workspace, *numbers, schedule)
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention import compile, config, cpu, cpu_cache, decode, dispatch
+from mini_flash_attention import cpu, cpu_cache, decode, dispatch
+from mini_flash_attention.gpu import compile, config
 from mini_flash_attention.plans import Like, dtype_name, empty_like, gpu_arch, like_q
 from mini_flash_attention.problem import CacheUpdate, Layout, Problem
 
@@ -133,10 +134,10 @@ class AppendPlan(NamedTuple):
             with torch.cuda.device(self.device):
                 return self.run(q, k_cache, v_cache, ragged, update)
         if update.rotary_cos is None:
-            self.launch(update.k, update.v, k_cache, v_cache, None, None, None, self.advance, ragged)
+            self.launch((update.k, update.v, k_cache, v_cache, None, None, None, self.advance, ragged))
             return q
         out, rotary = empty_like(q, self.q), (update.rotary_cos, update.rotary_sin)
-        self.launch(update.k, update.v, k_cache, v_cache, q, out, rotary, self.advance, ragged)
+        self.launch((update.k, update.v, k_cache, v_cache, q, out, rotary, self.advance, ragged))
         return out
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mini_flash_attention import config
+from mini_flash_attention.gpu import config
 from mini_flash_attention.problem import Problem
 
 Score = tuple[float, float | None, Tensor | None]  # kernels/scores.py: Score

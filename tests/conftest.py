@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mini_flash_attention import config, counters, decode, dispatch, plans, workspace
+from mini_flash_attention import counters, decode, dispatch, plans, workspace
+from mini_flash_attention.gpu import config
 
 
 @pytest.fixture(autouse=True)

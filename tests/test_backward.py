@@ -9,12 +9,7 @@ from error_rule import check_gradients, reference_options
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mini_flash_attention import (
-    dispatch,
-    flash_attn_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-)
+from mini_flash_attention import dispatch, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from mini_flash_attention.philox import keep_mask
 from mini_flash_attention.problem import Problem
 

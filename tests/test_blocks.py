@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mini_flash_attention.kernels.blocks import (
+from mini_flash_attention.kernels.parts.blocks import (
     first_block,
     in_swaths,
     key_blocks,

@@ -22,7 +22,7 @@ import torch
 from tiny import TinyConfig, signature
 
 import mini_flash_attention
-from mini_flash_attention import cache, compile
+from mini_flash_attention.gpu import cache, compile
 
 CONFIG, OTHER = TinyConfig(), TinyConfig(dtype="Float16")
 
@@ -67,7 +67,7 @@ SIXTEEN_PROCESSES = """
 import multiprocessing, sys, torch
 import torch
 from tiny import TinyConfig, signature
-from mini_flash_attention import compile
+from mini_flash_attention.gpu import compile
 
 def get(_):
     barrier.wait()
@@ -247,7 +247,7 @@ def test_what_cannot_be_loaded_anywhere_is_an_error(
 FORK = """
 import os, sys
 from pathlib import Path
-from mini_flash_attention import cache
+from mini_flash_attention.gpu import cache
 
 first = cache.store("kernel", ".so", b"code")
 child = os.fork()

@@ -15,9 +15,10 @@ if importlib.util.find_spec("nvidia_cutlass_dsl") is None:
 from cubin import resources
 from tiny import TinyConfig
 
-from mini_flash_attention import __main__, cache, compile, config, dispatch, flash_attn_func
-from mini_flash_attention.compile import KernelConfig
-from mini_flash_attention.config import ForwardConfig
+from mini_flash_attention import __main__, dispatch, flash_attn_func
+from mini_flash_attention.gpu import cache, compile, config
+from mini_flash_attention.gpu.compile import KernelConfig
+from mini_flash_attention.gpu.config import ForwardConfig
 from mini_flash_attention.problem import Problem
 
 ARCHS = ("sm_80", "sm_90a", "sm_120a")
@@ -52,7 +53,13 @@ CONFIGS = [
     )
     for row in rows
 ]
-KERNELS = {"fwd_sm80": 1, "bwd_sm80": 3, "bwd_sm90": 3, "decode": 2, "kv_append": 1}  # of a library
+KERNELS = {
+    "forward.sm80": 1,
+    "backward.sm80": 3,
+    "backward.sm90": 3,
+    "decode.attend": 2,
+    "decode.append": 1,
+}  # of a library
 
 
 def label(row: KernelConfig) -> str:
@@ -75,31 +82,31 @@ def all_compiled() -> None:
 @pytest.mark.parametrize("row", CONFIGS, ids=label)
 def test_every_kernel_compiles_without_a_stack(row: KernelConfig, all_compiled: None) -> None:
     kernels = [kernel for kernel in resources(compile.library(row)) if kernel.registers]
-    variants = len(row.variants) if row.kernel == "fwd_sm90" else KERNELS[row.kernel]
+    variants = len(row.variants) if row.kernel == "forward.sm90" else KERNELS[row.kernel]
     assert len(kernels) == variants
     assert max(kernel.stack_bytes for kernel in resources(compile.library(row))) <= row.stack
 
 
 @pytest.mark.parametrize("arch", config.SHARED_MEMORY)
 def test_backward_tiles_fit_the_shared_memory(arch: str) -> None:
-    for row in (*config.backward_configs(arch), *(row for row in features(arch) if "bwd" in row.kernel)):
-        barriers = 512 if row.kernel == "bwd_sm90" else 0  # bytes, more than enough
+    for row in (*config.backward_configs(arch), *(row for row in features(arch) if "backward" in row.kernel)):
+        barriers = 512 if row.kernel == "backward.sm90" else 0  # bytes, more than enough
         assert row.shared_memory + barriers <= config.SHARED_MEMORY[arch]
 
 
 @pytest.mark.parametrize("head_dim", config.SM90_BACKWARD_TILES)
 def test_dq_tiles_are_read_as_they_are_written(head_dim: int) -> None:
-    from mini_flash_attention.kernels import bwd_convert
+    from mini_flash_attention.kernels.backward import convert
 
     row = config.backward_sm90("sm_90a", "bfloat16", head_dim, "full", False)
-    chunks = [bwd_convert.offset(row, r, c) for r in range(row.tile_m) for c in range(head_dim // 8)]
+    chunks = [convert.offset(row, r, c) for r in range(row.tile_m) for c in range(head_dim // 8)]
     assert sorted(chunks) == list(range(0, row.tile_m * head_dim, 8))
     rows, cols = row.dq_piece
-    assert [bwd_convert.offset(row, r, cols // 8 - 1) // (rows * cols) for r in range(rows)] == [0] * rows
+    assert [convert.offset(row, r, cols // 8 - 1) // (rows * cols) for r in range(rows)] == [0] * rows
     step = 2 if row.dq_transposed else 1
     for r in range(0, rows, 4 * step):  # a warp stores one 32-byte chunk of four rows: 128 bytes, all banks
         for first in range(r, r + step):
-            banks = {bwd_convert.offset(row, first + step * i, 0) % 32 for i in range(4)}
+            banks = {convert.offset(row, first + step * i, 0) % 32 for i in range(4)}
             assert len(banks) == 4
 
 
@@ -205,7 +212,14 @@ def test_precompile_command(monkeypatch: pytest.MonkeyPatch) -> None:
     common = asked_for(monkeypatch, "--arch", "sm_90a")
     assert {getattr(row, "head_dim", 64) for row in common} == {64, 128}
     assert {getattr(row, "mask", "full") for row in common} == {"full", "causal"}
-    kernels = {"fwd_sm80", "fwd_sm90", "bwd_sm80", "bwd_sm90", "decode", "kv_append"}
+    kernels = {
+        "forward.sm80",
+        "forward.sm90",
+        "backward.sm80",
+        "backward.sm90",
+        "decode.attend",
+        "decode.append",
+    }
     assert {row.kernel for row in common} == kernels
     everything = asked_for(monkeypatch, "--all", "--arch", "sm_80", "sm_90a")
     assert everything == [row for arch in ("sm_80", "sm_90a") for row in config.configs(arch)]

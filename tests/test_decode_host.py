@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import (
-    compile,
-    config,
     counters,
     cpu,
     cpu_cache,
@@ -23,7 +21,8 @@ from mini_flash_attention import (
     plans,
     workspace,
 )
-from mini_flash_attention.kernels.splits import split_blocks, visible_blocks
+from mini_flash_attention.gpu import compile, config
+from mini_flash_attention.kernels.decode.splits import split_blocks, visible_blocks
 from mini_flash_attention.problem import MAX_SPLITS, CacheUpdate, Layout, Problem
 
 CUDA = torch.device("cuda", 0)
@@ -201,7 +200,7 @@ class Kernels:
 
     def get(self, row: Any) -> Any:
         self.rows.append(row)
-        return {"decode": self.decode, "kv_append": self.append}[row.kernel]
+        return {"decode.attend": self.decode, "decode.append": self.append}[row.kernel]
 
     def problem(self, q: Tensor, k: Tensor, ragged: tuple, **changes: Any) -> tuple[Problem, Layout]:
         *tensors, table, given, _, _, batch, longest = ragged

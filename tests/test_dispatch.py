@@ -9,15 +9,8 @@ import torch
 from error_rule import check_forward
 from torch import Tensor
 
-from mini_flash_attention import (
-    compile,
-    config,
-    decode,
-    dispatch,
-    flash_attn_func,
-    flash_attn_varlen_func,
-    reference,
-)
+from mini_flash_attention import decode, dispatch, flash_attn_func, flash_attn_varlen_func, reference
+from mini_flash_attention.gpu import compile, config
 from mini_flash_attention.problem import Problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -236,12 +229,12 @@ def test_ragged_batches_are_told_by_flags(kernel: Kernel, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("page_size", "left_padded", "expected"),
     [
-        (256, False, ("fwd_sm90", 64)),
-        (80, False, ("fwd_sm90", 16)),
-        (8, False, ("fwd_sm90", 8)),
-        (12, False, ("fwd_sm80", 1)),
-        (1, False, ("fwd_sm80", 1)),
-        (64, True, ("fwd_sm80", 1)),
+        (256, False, ("forward.sm90", 64)),
+        (80, False, ("forward.sm90", 16)),
+        (8, False, ("forward.sm90", 8)),
+        (12, False, ("forward.sm80", 1)),
+        (1, False, ("forward.sm80", 1)),
+        (64, True, ("forward.sm80", 1)),
     ],
 )
 def test_pages_choose_their_loads(page_size: int, left_padded: bool, expected: tuple[str, int]) -> None:

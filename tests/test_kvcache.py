@@ -9,15 +9,8 @@ import torch
 from error_rule import check_forward, reference_options
 from torch import Tensor
 
-from mini_flash_attention import (
-    compile,
-    counters,
-    cpu_cache,
-    dispatch,
-    flash_attn_with_kvcache,
-    kvcache,
-    workspace,
-)
+from mini_flash_attention import counters, cpu_cache, dispatch, flash_attn_with_kvcache, kvcache, workspace
+from mini_flash_attention.gpu import compile
 from mini_flash_attention.problem import CacheUpdate, Layout
 from mini_flash_attention.problem import cache as problem_of_cache
 

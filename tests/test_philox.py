@@ -118,7 +118,7 @@ SEED, HEAD, SIZE = 2**35 + 5, 3, 64
 
 def words_of(row: int, key: int) -> list[int]:
     """As dropout.random_words."""
-    from mini_flash_attention.kernels.dropout import counter
+    from mini_flash_attention.kernels.parts.dropout import counter
 
     words = philox(tuple(torch.tensor(c) for c in (*counter(row, key), HEAD, 0)), key_of(SEED))
     return [word.item() for word in words]
@@ -160,7 +160,7 @@ def test_a_thread_finds_its_elements() -> None:
 @needs_cutlass
 def test_a_thread_of_a_transposed_tile_finds_its_elements() -> None:
     """A tile of (keys, queries), as in dropout.mark_transposed."""
-    from mini_flash_attention.kernels.dropout import of_pairs, to_send
+    from mini_flash_attention.kernels.parts.dropout import of_pairs, to_send
 
     keep = mask(SEED, 0.4, range(HEAD, HEAD + 1), range(SIZE), range(SIZE))[0].T.tolist()
     for start, c in itertools.product(range(0, SIZE, 16), range(0, SIZE // 8, 2)):
@@ -182,7 +182,7 @@ def test_the_kernels_generator_on_the_cpu() -> None:
     from cutlass import Float32, Int32
     from cutlass.cute.runtime import from_dlpack
 
-    from mini_flash_attention.kernels import dropout
+    from mini_flash_attention.kernels.parts import dropout
 
     @cute.jit
     def generate(

@@ -12,13 +12,13 @@ from error_rule import check_forward, check_gradients, reference_options
 from torch import Tensor
 
 from mini_flash_attention import (
-    compile,
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     reference,
 )
+from mini_flash_attention.gpu import compile
 
 CPU = torch.device("cpu")
 INT_MAX = 2**31 - 1

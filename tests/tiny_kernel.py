@@ -1,9 +1,16 @@
 """The kernel of `tiny.TinyConfig`, with the two names that compile.py asks a kernel module for."""
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_tensor
+
+
+class Call(NamedTuple):
+    mX: cute.Tensor
+    scale: Float32
 
 
 @cute.kernel
@@ -18,10 +25,9 @@ def kernel(config: cutlass.Constexpr, mX: cute.Tensor, scale: Float32):
 
 
 @cute.jit
-def launch(mX: cute.Tensor, scale: Float32, config: cutlass.Constexpr, stream):
-    kernel(config, mX, scale).launch(grid=(1, 1, 1), block=(128, 1, 1), stream=stream)
+def launch(call: Call, config: cutlass.Constexpr, stream):
+    kernel(config, call.mX, call.scale).launch(grid=(1, 1, 1), block=(128, 1, 1), stream=stream)
 
 
-def fake_arguments(config) -> tuple:
-    mX = make_fake_tensor(getattr(cutlass, config.dtype), (cute.sym_int(),), stride=(1,))
-    return mX, Float32(1), config, make_fake_stream(use_tvm_ffi_env_stream=True)
+def fake_call(config) -> Call:
+    return Call(make_fake_tensor(getattr(cutlass, config.dtype), (cute.sym_int(),), stride=(1,)), Float32(1))

@@ -1,0 +1,249 @@
+"""Tiles of the backward kernels, and the memory that they need."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+from mini_flash_attention.gpu.config.common import (
+    DTYPES,
+    HEAD_DIMS,
+    MASKS,
+    SHARED_MEMORY,
+    is_sm90_or_newer,
+    of_row,
+    paths,
+)
+from mini_flash_attention.kernels.parts.blocks import packed_blocks
+
+
+class Workspace(NamedTuple):
+    """Shapes of what a backward pass needs beside its results; nothing need be in them at the start."""
+
+    stats: tuple[int, ...]  # float32: what bwd_delta.py finds out about the rows
+    dq_acc: tuple[int, ...]  # float32: the sum of dQ, tile by tile
+    turns: tuple[int, ...]  # int32: who may add to a tile of dq_acc, if deterministic; else drawn tiles
+
+
+def workspace(row: "BackwardConfig", batch: int, heads_q: int, seqlen_q: int) -> Workspace:
+    """For q of this size; ragged: of `batch` sequences in seqlen_q rows (kernels/bwd_schedule.py)."""
+    blocks = batch, heads_q, -(-seqlen_q // row.tile_m)
+    if row.ragged:
+        blocks = 1, heads_q, packed_blocks(seqlen_q, row.tile_m, batch)
+    turns = blocks if row.deterministic else (1, 1, 1)
+    return Workspace((*blocks, 2, row.tile_m), (*blocks, row.tile_m * row.head_dim), turns)
+
+
+@dataclass(frozen=True)
+class BackwardSm90:
+    """Every static fact of one bwd_sm90 kernel; its repr is part of the cache key."""
+
+    kernel: ClassVar[str] = "backward.sm90"
+    stack: ClassVar[int] = 0
+    page: ClassVar[int] = 0
+    dq_swizzled: ClassVar[bool] = True  # see bwd_convert.offset
+    pdl: ClassVar[bool] = True  # each kernel starts while the one before it ends
+    arch: str
+    dtype: str
+    head_dim: int
+    mask: str
+    deterministic: bool  # dQ is summed up in a fixed order
+    tile_m: int  # queries of a block
+    tile_n: int  # keys of a thread block
+    dq_piece: tuple[int, int]  # (rows, columns) of a block's dQ that are added to dq_acc at a time
+    stages: int = 2  # Q blocks in shared memory
+    do_stages: int = 2  # dO blocks
+    registers: tuple[int, int, int] = (208, 72, 24)  # of a consumer, dQ and load thread
+    dq_transposed: bool = False  # dQᵀ = Kᵀ·dSᵀ, Kᵀ in registers: wgmma reads dS alone from shared memory
+    persistent: bool = False  # a thread block stays on its SM; the next keys are loaded while it works
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
+    dropout: bool = False  # kernels/dropout.py
+
+    @property
+    def factored(self) -> bool:
+        """dS takes another factor than P."""
+        return "softcap" in self.score or self.dropout
+
+    @property
+    def kv_stages(self) -> int:
+        """K and V blocks in shared memory."""
+        return 2 if self.persistent else 1
+
+    @property
+    def wide(self) -> bool:
+        """One consumer warpgroup computes dV, the other dK; else both, each of 64 keys."""
+        return self.tile_n == 64
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: the slots of K, V, Q, dO, dS and P, two pieces of dQ, stats; barriers come on top."""
+        rows = 2 * self.kv_stages * self.tile_n + (self.stages + self.do_stages) * self.tile_m
+        tiles = 2 * self.head_dim * rows
+        scores = 2 * 2 * self.tile_n * self.tile_m * (2 if self.wide else 1)
+        return tiles + scores + 2 * 4 * math.prod(self.dq_piece) + self.stages * 2 * 4 * self.tile_m
+
+
+# head dim -> tiles of the Hopper backward. Registers hold no more than 64 queries at 128, and no more than 64
+# keys from 192 on; shared memory holds no second dO at 256. Measured on an H100 (docs/worklog.md): 64: dQ
+# transposed is up to 3 % ahead, persistent thread blocks another 6 to 17 %; 128: those are 2 % ahead at 1,024
+# queries, 4 to 10 % behind at 16,384.
+SM90_BACKWARD_TILES = {
+    64: dict(
+        tile_m=128,
+        tile_n=128,
+        dq_piece=(64, 64),
+        registers=(192, 104, 24),
+        dq_transposed=True,
+        persistent=True,
+    ),
+    96: dict(tile_m=64, tile_n=128, dq_piece=(64, 96), registers=(192, 96, 32)),
+    128: dict(tile_m=64, tile_n=128, dq_piece=(64, 64)),
+    192: dict(tile_m=64, tile_n=64, dq_piece=(64, 64)),
+    256: dict(tile_m=64, tile_n=64, dq_piece=(64, 64), do_stages=1),
+}
+
+# What differs where dS takes another factor than P, whose registers come from smaller tiles or the dQ WG.
+SM90_BACKWARD_FACTORED = {
+    64: dict(tile_m=64),
+    (96, "dropout", "softcap_alibi"): dict(registers=(200, 80, 32)),
+    (128, "dropout"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
+    (128, "dropout", "softcap_alibi"): dict(tile_n=64),
+    (256, "softcap_alibi"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
+}
+
+
+def backward_sm90(
+    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: str | bool
+) -> BackwardSm90:
+    """The configuration for a head dim of SM90_BACKWARD_TILES."""
+    row = BackwardSm90(
+        arch, dtype, head_dim, mask, deterministic, **of_row(SM90_BACKWARD_TILES, head_dim, mask), **features
+    )
+    if deterministic or row.ragged:  # turns follow the order of starts; ragged: not tried
+        row = replace(row, persistent=False)
+    keys = ((head_dim, "dropout", row.score), (head_dim, "dropout")) if row.dropout else ()
+    keys = (*keys, (head_dim, row.score), head_dim) if row.factored else ()
+    return replace(row, **next((SM90_BACKWARD_FACTORED[k] for k in keys if k in SM90_BACKWARD_FACTORED), {}))
+
+
+@dataclass(frozen=True)
+class BackwardSm80:
+    """Every static fact of one bwd_sm80 kernel; its repr is part of the cache key."""
+
+    kernel: ClassVar[str] = "backward.sm80"
+    page: ClassVar[int] = 0
+    arch: str
+    dtype: str
+    head_dim: int
+    mask: str
+    deterministic: bool  # dQ is summed up in a fixed order
+    tile_m: int  # queries of a block
+    tile_n: int  # keys of a thread block: 16 or 32 for each pair of warps
+    warps: int
+    warps_m: int  # so many of them share out the queries of dQ, the others its columns
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
+    dropout: bool = False  # kernels/dropout.py
+
+    @property
+    def pdl(self) -> bool:
+        """Whether each kernel starts while the one before it ends."""
+        return is_sm90_or_newer(self.arch)
+
+    @property
+    def stats(self) -> int:
+        """Statistics of each query: two slots of two, and zeros where one of the products is not seeded."""
+        return 5 if (self.score != "plain") != self.dropout else 4
+
+    @property
+    def block_numbers(self) -> int:
+        """Those that say what a thread block works on: bwd_schedule.Block."""
+        return 13 if self.ragged else 5
+
+    @property
+    def dq_vector(self) -> int:
+        """Values of dQ that one instruction adds to dq_acc."""
+        return 4 if is_sm90_or_newer(self.arch) else 1
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: K and V, two slots of Q, dO, dS and the statistics, and what the thread block works on."""
+        tiles = 2 * self.head_dim * (2 * self.tile_n + 4 * self.tile_m)
+        return tiles + 4 * self.tile_m * (self.tile_n + self.stats) + 4 * self.block_numbers
+
+    @property
+    def stack(self) -> int:
+        """Bytes of stack it may use: a few words, used once a query block, cost less than a smaller tile."""
+        small_256 = self.head_dim == 256 and self.tile_m == 32
+        if self.score == "plain" and not self.ragged and not self.dropout:
+            return 8 if small_256 and self.deterministic else 0
+        return 24 if small_256 else 8
+
+
+# head dim -> tiles of the SM80 backward, the first that fits the shared memory. A warp's keys are as many as
+# its registers hold, since all pairs of warps read the same queries: 32 up to 128, else 16. Predicted; on an
+# H100 1.05 to 1.2 times as fast as FlashAttention-2 (docs/worklog.md).
+SM80_BACKWARD_TILES = {
+    64: (
+        dict(tile_m=128, tile_n=128, warps=8, warps_m=4),
+        dict(tile_m=64, tile_n=128, warps=8, warps_m=4),
+    ),
+    96: (
+        dict(tile_m=64, tile_n=128, warps=8, warps_m=4),
+        dict(tile_m=64, tile_n=64, warps=8, warps_m=4),
+    ),
+    128: (
+        dict(tile_m=64, tile_n=128, warps=8, warps_m=2),
+        dict(tile_m=32, tile_n=64, warps=8, warps_m=2),
+    ),
+    192: (
+        dict(tile_m=64, tile_n=64, warps=8, warps_m=2),
+        dict(tile_m=32, tile_n=32, warps=4, warps_m=2),
+    ),
+    256: (
+        dict(tile_m=64, tile_n=64, warps=8, warps_m=2),
+        dict(tile_m=32, tile_n=64, warps=8, warps_m=2),
+        dict(tile_m=16, tile_n=32, warps=4, warps_m=1),
+    ),
+}
+
+
+def backward_sm80(
+    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: str | bool
+) -> BackwardSm80:
+    """The configuration for a head dim of SM80_BACKWARD_TILES."""
+    for tiles in of_row(SM80_BACKWARD_TILES, head_dim, mask):
+        row = BackwardSm80(arch, dtype, head_dim, mask, deterministic, **tiles, **features)
+        if row.shared_memory <= SHARED_MEMORY[arch]:
+            break
+    return row
+
+
+BackwardConfig = BackwardSm80 | BackwardSm90
+
+
+def backward(
+    path: str,
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    mask: str,
+    deterministic: bool = False,
+    **features: str | bool,
+) -> BackwardConfig:
+    """The configuration of the backward pass for a head dim of HEAD_DIMS on one path.
+
+    features: score, ragged and dropout, as in the configs.
+    """
+    make = backward_sm80 if path == "sm80" else backward_sm90
+    return make(arch, dtype, head_dim, mask, deterministic, **features)
+
+
+def backward_configs(arch: str) -> Iterator[BackwardConfig]:
+    """Every row of the backward pass for an architecture."""
+    for path in paths(arch):
+        for head_dim in HEAD_DIMS:
+            for dtype in DTYPES:
+                for mask in MASKS:
+                    yield backward(path, arch, dtype, head_dim, mask)

@@ -1,0 +1,105 @@
+"""Backward pass, first kernel: what the main kernel must know of each row, and zeros for it to add to.
+
+  stats (B, Hq, m_blocks, 2, tile_m) float32    -LSE in the units of P's exponent (seed_factor), then -delta
+  dq_acc (B, Hq, m_blocks, tile_m * d) float32  zeros
+  turns (B, Hq, m_blocks) int32                 zeros; (1, 1, 1) unless config.deterministic
+
+delta = rowsum(dO * O) - dLSE: dS = P * (dP - delta) is the softmax's gradient, with that of its LSE, whose
+derivative is P too. A row without keys, and one beyond the last, gets (-inf, 0), so that its P is 0.
+Ragged batches: B is 1, and the query blocks are numbered as in blocks.first_block.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from mini_flash_attention.kernels.backward.schedule import query_block
+from mini_flash_attention.kernels.calls import Ragged, Score
+from mini_flash_attention.kernels.parts.scores import LOG2_E
+
+THREADS = 256
+
+
+@cute.kernel
+def kernel(
+    config: cutlass.Constexpr,
+    mO: cute.Tensor,
+    mdO: cute.Tensor,
+    mLSE: cute.Tensor,
+    mdLSE: cute.Tensor,
+    mStats: cute.Tensor,
+    mdQacc: cute.Tensor,
+    mTurns: cute.Tensor,
+    ragged: Ragged | None,
+    seed_factor: Float32,
+    has_dlse: Int32,
+):
+    """A thread block for each query block; a row is read by `lanes` neighbouring threads, 16 bytes each."""
+    block, _, _ = cute.arch.block_idx()
+    tidx, _, _ = cute.arch.thread_idx()
+    m_blocks, heads = mStats.shape[2], mStats.shape[1]
+    m_block, head, batch = block % m_blocks, block // m_blocks % heads, block // (m_blocks * heads)
+    first, left = query_block(config, ragged, mO.shape[1], m_block)
+    if const_expr(config.pdl):
+        cute.arch.griddepcontrol_launch_dependents()  # the main kernel may start: it waits for this one
+    if const_expr(config.deterministic):
+        if tidx == 0:
+            mTurns[batch, head, m_block] = Int32(0)
+    elif block + tidx == 0:
+        mTurns[0, 0, 0] = Int32(0)
+
+    zeros = cute.make_rmem_tensor(4, Float32)
+    zeros.fill(0.0)
+    acc = mdQacc[batch, head, m_block, None]  # (tile_m * d)
+    for i in cutlass.range_constexpr(config.tile_m * config.head_dim // (4 * THREADS)):
+        cute.autovec_copy(zeros, cute.local_tile(acc, (4,), (i * THREADS + tidx,)))
+
+    lanes = 1 << (config.head_dim // 8 - 1).bit_length()
+    chunk = tidx % lanes  # of 8 columns
+    gO, gdO = mO[batch, None, head, None], mdO[batch, None, head, None]  # (sq, D)
+    for i in cutlass.range_constexpr(config.tile_m * lanes // THREADS):
+        r = (i * THREADS + tidx) // lanes
+        row = first + r
+        delta, seed = Float32(0.0), -Float32.inf
+        if r < left and 8 * chunk < gO.shape[1]:
+            rO, rdO = (cute.make_rmem_tensor(8, mO.element_type) for _ in range(2))
+            cute.autovec_copy(cute.local_tile(gO[row, None], (8,), (chunk,)), rO)
+            cute.autovec_copy(cute.local_tile(gdO[row, None], (8,), (chunk,)), rdO)
+            product = rO.load().to(Float32) * rdO.load().to(Float32)
+            delta = product.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+        delta = cute.arch.warp_reduction_sum(delta, threads_in_group=lanes)
+        if chunk == 0:
+            if r < left:
+                lse = mLSE[batch, head, row]
+                if has_dlse != 0:
+                    delta -= mdLSE[batch, head, row]
+                if lse != -Float32.inf:
+                    seed = -lse * seed_factor
+            mStats[batch, head, m_block, 0, r] = seed
+            mStats[batch, head, m_block, 1, r] = Float32(0.0) if seed == -Float32.inf else -delta
+
+
+kernel.set_name_prefix("mfa_bwd_delta", remove_cutlass_symbol=True)
+
+
+@cute.jit
+def launch(
+    config: cutlass.Constexpr,
+    mO: cute.Tensor,
+    mdO: cute.Tensor,
+    mLSE: cute.Tensor,
+    mdLSE: cute.Tensor,
+    mStats: cute.Tensor,
+    mdQacc: cute.Tensor,
+    mTurns: cute.Tensor,
+    score: Score,
+    ragged: Ragged | None,
+    has_dlse: Int32,
+    stream,
+):
+    batch, heads, m_blocks = mStats.shape[0], mStats.shape[1], mStats.shape[2]
+    # Plain: a seed of Q·Kᵀ, before the softmax scale. Here: a division in a kernel is a call.
+    seed_factor = Float32(1.0) / score.scale if const_expr(config.score == "plain") else Float32(LOG2_E)
+    kernel(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, ragged, seed_factor, has_dlse).launch(
+        grid=(m_blocks * heads * batch, 1, 1), block=(THREADS, 1, 1), stream=stream
+    )
