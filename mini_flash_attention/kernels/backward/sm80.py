@@ -605,7 +605,7 @@ def launch(call: Backward, config: cutlass.Constexpr, stream):
         ragged,
         dropout,
         mTurns,
-    ) = call
+    ) = call[:19]
     dtype, d = mQ.element_type, config.head_dim
     tile_m, tile_n = config.tile_m, config.tile_n
     sizes = sizes_of(config, mQ, mK, window_left, window_right, ragged)
