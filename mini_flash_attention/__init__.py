@@ -10,10 +10,10 @@ from mini_flash_attention.api import (
     flash_attn_with_kvcache,
 )
 from mini_flash_attention.padding import pad_input, unpad_input
-
-__version__ = "0.1.0"
+from mini_flash_attention.version import __version__
 
 __all__ = [
+    "__version__",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

@@ -8,12 +8,22 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from mini_flash_attention import checks, dispatch, kvcache
-from mini_flash_attention.problem import CacheUpdate, Layout, Problem, cache, dense, varlen
+from mini_flash_attention import backend, checks
+from mini_flash_attention.problem import (
+    Inputs,
+    Layout,
+    Problem,
+    cache,
+    dense,
+    varlen,
+)
 
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+_is_compiling = torch.compiler.is_compiling  # looked up once: every call asks
 
 
 def _graph_break(function: Callable[P, R]) -> Callable[P, R]:
@@ -24,7 +34,7 @@ def _graph_break(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -86,10 +96,9 @@ def flash_attn_func(
         RuntimeError: the GPU is older than SM80, or not known to this version; from the backward pass,
             create_graph=True (there are no second derivatives).
     """
-    problem = dense(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
-    )
-    return _attention(problem, q, k, v, alibi_slopes, None, None, return_attn_probs)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    problem, x = dense(q, k, v, options)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -207,23 +216,9 @@ def flash_attn_varlen_func(
         Else as `flash_attn_func`.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    problem = varlen(q, k, v, *lengths, *options, block_table, seqused_k, out)
-    if problem.page_size and seqused_k is None:
-        used = cu_seqlens_k.diff()
-    else:
-        used = None if seqused_k is None else seqused_k.contiguous()
-    layout = Layout(
-        cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous() if problem.packed_k else None,
-        used,
-        None,
-        None,
-        None if block_table is None else block_table.contiguous(),
-    )
-    if checks.enabled():
-        checks.varlen(problem, layout, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, len(k))
-    return _attention(problem, q, k, v, alibi_slopes, layout, out, return_attn_probs)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
+    problem, x = varlen(q, k, v, lengths, options, out)
+    return _attention(problem, x, out, return_attn_probs)
 
 
 @_graph_break
@@ -355,73 +350,29 @@ def flash_attn_with_kvcache(
             if the cache is too small for an int cache_seqlens, or if a gradient is required.
         NotImplementedError, RuntimeError: as `flash_attn_func`.
     """
-    # Not *options, as elsewhere: that takes longer, and a step of decoding calls this for each layer.
-    problem = cache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        rotary_interleaved,
-        alibi_slopes,
-        num_splits,
-    )
-    if isinstance(cache_seqlens, Tensor):
-        cache_seqlens = seqused_k = cache_seqlens.contiguous()
-    else:
-        seqused_k = None
-    layout = Layout(
-        None,
-        None,
-        seqused_k,
-        None if cache_leftpad is None else cache_leftpad.contiguous(),
-        None if cache_batch_idx is None else cache_batch_idx.contiguous(),
-        None if block_table is None else block_table.contiguous(),
-    )
-    update = None
-    if k is not None:
-        tables = (None, None) if rotary_cos is None else (rotary_cos.contiguous(), rotary_sin.contiguous())
-        update = CacheUpdate(k, v, *tables, bool(rotary_interleaved))
-    if checks.enabled():
-        checks.cache(problem, layout, cache_seqlens, update, k_cache.shape)
-    tensors = q, k_cache, v_cache, cache_seqlens, layout, update, alibi_slopes
-    out, lse = kvcache.forward(problem, *tensors, num_splits, return_softmax_lse)
+    options = (0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
+    new = (k, v, rotary_cos, rotary_sin, rotary_interleaved)
+    places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
+    out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
 
 
-def _attention(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-    layout: Layout | None,
-    out: Tensor | None,
-    return_attn_probs: bool,
-) -> Output:
-    seed = _draw_seed() if problem.dropout_p else None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_probs: bool) -> Output:
+    if problem.dropout_p:
+        x = x._replace(seed=_draw_seed())
+    if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
         if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
             problem = replace(problem, deterministic=True)
-        out, lse = Attention.apply(q, k, v, problem, alibi_slopes, seed, layout)
+        out, lse = Attention.apply(problem, *x)
     else:
-        out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed, layout, out, return_attn_probs)
+        out, lse = backend.forward(problem, x, out, return_attn_probs)
     if not return_attn_probs:
         return out
     S_dmask = None
     if problem.dropout_p:
         with torch.no_grad():
-            S_dmask = dispatch.dropout_probabilities(problem, q, k, lse, alibi_slopes, seed, layout)
+            S_dmask = backend.dropout_probabilities(problem, x, lse)
     return out, lse, S_dmask
 
 
@@ -431,16 +382,17 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        problem: Problem,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        problem: Problem,
         alibi_slopes: Tensor | None,
         seed: int | None,
         layout: Layout | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = dispatch.forward(problem, q, k, v, alibi_slopes, seed, layout)
-        ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, *(layout or ()))
+        x = Inputs(q, k, v, alibi_slopes, seed, layout)
+        out, lse = backend.forward(problem, x)
+        ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
         ctx.problem, ctx.seed = problem, seed
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
@@ -449,13 +401,11 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("attention has no second derivative: create_graph must be False")
-        q, k, v, out, lse, alibi_slopes, *layout = ctx.saved_tensors
-        layout = Layout(*layout) if layout else None
+        q, k, v, alibi_slopes, out, lse, *layout = ctx.saved_tensors
+        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
         if dout is None:
             dout = torch.zeros_like(out)
-        tensors = (dout, dlse, q, k, v, out, lse, alibi_slopes)
-        dq, dk, dv = dispatch.backward(ctx.problem, *tensors, ctx.seed, layout)
-        return dq, dk, dv, None, None, None, None
+        return None, *backend.backward(ctx.problem, x, out, lse, dout, dlse), None, None, None
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:
@@ -463,12 +413,7 @@ def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:
 
     dims: the names of the dimensions, with the number of the views in place of the one to unpack.
     """
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, not {type(packed).__name__}")
-    sizes = dims.split(", ")
-    place = len(sizes) - 3
-    if packed.ndim != len(sizes) or packed.shape[place] != int(sizes[place]):
-        raise ValueError(f"{name} must have shape ({dims}), not {tuple(packed.shape)}")
+    place = checks.packed(name, packed, dims)
     return packed.unbind(place)
 
 

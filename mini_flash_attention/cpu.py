@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mini_flash_attention.kernels.parts.blocks import key_blocks, query_blocks
 from mini_flash_attention.philox import keep_mask
-from mini_flash_attention.problem import Layout, Problem
+from mini_flash_attention.problem import Inputs, Layout, Problem
 
 INF = math.inf
 # Scores in a tile: 2 MB, so that the few tiles alive at once stay in cache. 2^18 and 2^20 cost up
@@ -32,16 +32,7 @@ TILE_ELEMENTS = 2**19
 MIN_TILE = 128
 
 
-def forward(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-    seed: int | None,
-    layout: Layout | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, x: Inputs, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of all sequences.
 
     Args:
@@ -54,40 +45,29 @@ def forward(
             the computation.
     """
     if out is None:
-        out = q.new_zeros(q.shape) if problem.packed_q else q.new_empty(q.shape)
+        out = x.q.new_zeros(x.q.shape) if problem.packed_q else x.q.new_empty(x.q.shape)
     sizes = (problem.heads_q, problem.seqlen_q)
     sizes = sizes if problem.packed_q else (problem.batch, *sizes)
-    lse = q.new_full(sizes, -INF, dtype=compute_dtype(problem))
-    if layout is None:
-        forward_dense(problem, q, k, v, alibi_slopes, seed, 0, out, as_column(lse))
+    lse = x.q.new_full(sizes, -INF, dtype=compute_dtype(problem))
+    if x.layout is None:
+        forward_dense(problem, x, 0, out, as_column(lse))
         return out, lse
-    for sequence in sequences(problem, layout):
-        alone, *tensors, slopes = dense_batch(problem, layout, sequence, q, k, v, alibi_slopes)
-        results = (queries_of(problem, sequence, x) for x in (out, as_column(lse)))
-        forward_dense(alone, *tensors, slopes, seed, sequence.index, *results)
+    for sequence in sequences(problem, x.layout):
+        results = (queries_of(problem, sequence, result) for result in (out, as_column(lse)))
+        forward_dense(*dense_batch(problem, x, sequence), sequence.index, *results)
     return out, lse
 
 
-def forward_dense(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-    seed: int | None,
-    sequence: int,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+def forward_dense(problem: Problem, x: Inputs, first: int, out: Tensor, lse: Tensor) -> None:
     """Algorithm 1: for each query block, an online softmax over its key blocks, last to first.
 
-    Writes out (batch, seqlen_q, heads_q, head_dim) and lse (batch, seqlen_q, heads_q, 1). `sequence`
-    is the first one's number in the whole batch, of which dropout is a function.
+    Writes out (batch, seqlen_q, heads_q, head_dim) and lse (batch, seqlen_q, heads_q, 1). `first` is
+    the first sequence's number in the whole batch, of which dropout is a function.
     """
     tile_m, tile_n = tile_shape(problem)
     for m_block in range(math.ceil(problem.seqlen_q / tile_m)):
         rows = block(m_block, tile_m, problem.seqlen_q)
-        gQ = load_rows(problem, q, rows) * problem.softmax_scale
+        gQ = load_rows(problem, x.q, rows) * problem.softmax_scale
         acc_O = torch.zeros_like(gQ)
         row_max = gQ.new_full((*gQ.shape[:2], 1), -INF)
         row_sum = torch.zeros_like(row_max)
@@ -95,8 +75,8 @@ def forward_dense(
         visited = key_blocks(m_block, tile_m, tile_n, *lengths_and_window(problem))
         for n_block in reversed(range(*visited)):
             keys = block(n_block, tile_n, problem.seqlen_k)
-            gK, gV = load_keys(problem, k, keys), load_keys(problem, v, keys)
-            acc_S, _ = scores(problem, gQ, gK, rows, keys, alibi_slopes)
+            gK, gV = load_keys(problem, x.k, keys), load_keys(problem, x.v, keys)
+            acc_S, _ = scores(problem, gQ, gK, rows, keys, x.alibi_slopes)
 
             old_max, row_max = row_max, torch.maximum(row_max, acc_S.amax(-1, keepdim=True))
             offset = row_max.masked_fill(row_max == -INF, 0)  # no key so far: not -inf - -inf
@@ -104,7 +84,7 @@ def forward_dense(
             acc_P = acc_S.sub_(offset).exp_()
             row_sum.mul_(rescale).add_(acc_P.sum(-1, keepdim=True))
             if problem.dropout_p > 0:
-                acc_P.mul_(kept(problem, seed, sequence, rows, keys))
+                acc_P.mul_(kept(problem, x.seed, first, rows, keys))
             acc_O.mul_(rescale).baddbmm_(acc_P, gV)
             del acc_S, acc_P  # the next tile takes over their memory, which is still in cache
 
@@ -114,49 +94,28 @@ def forward_dense(
 
 
 def backward(
-    problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    alibi_slopes: Tensor | None,
-    seed: int | None,
-    layout: Layout | None = None,
+    problem: Problem, x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of all sequences.
 
     Returns:
         dq, dk, dv: of the shapes and the dtype of q, k and v; 0 where these belong to no sequence.
     """
-    rows = dout, None if dlse is None else as_column(dlse), out, as_column(lse)
-    if layout is None:
-        return backward_dense(problem, q, k, v, *rows, alibi_slopes, seed, 0)
-    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    for sequence in sequences(problem, layout):
-        alone, *tensors, slopes = dense_batch(problem, layout, sequence, q, k, v, alibi_slopes)
-        its_rows = (None if x is None else queries_of(problem, sequence, x) for x in rows)
-        gradients = backward_dense(alone, *tensors, *its_rows, slopes, seed, sequence.index)
+    rows = out, as_column(lse), dout, None if dlse is None else as_column(dlse)
+    if x.layout is None:
+        return backward_dense(problem, x, 0, *rows)
+    dq, dk, dv = (tensor.new_zeros(tensor.shape) for tensor in x[:3])
+    for sequence in sequences(problem, x.layout):
+        its_rows = (None if row is None else queries_of(problem, sequence, row) for row in rows)
+        gradients = backward_dense(*dense_batch(problem, x, sequence), sequence.index, *its_rows)
         queries_of(problem, sequence, dq).copy_(gradients[0])
-        for x, gradient in zip((dk, dv), gradients[1:], strict=True):
-            keys_of(problem, layout, sequence, x).copy_(gradient)
+        for of_all, gradient in zip((dk, dv), gradients[1:], strict=True):
+            keys_of(problem, x.layout, sequence, of_all).copy_(gradient)
     return dq, dk, dv
 
 
 def backward_dense(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    alibi_slopes: Tensor | None,
-    seed: int | None,
-    sequence: int,
+    problem: Problem, x: Inputs, first: int, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 2: for each key block, recompute P from the LSE in all query blocks that see it.
 
@@ -164,24 +123,24 @@ def backward_dense(
     """
     tile_m, tile_n = tile_shape(problem)
     lse, delta = row_statistics(problem, dout, dlse, out, lse)
-    dq = q.new_zeros(q.shape, dtype=compute_dtype(problem))
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dq = x.q.new_zeros(x.q.shape, dtype=compute_dtype(problem))
+    dk, dv = x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
     for n_block in range(math.ceil(problem.seqlen_k / tile_n)):
         keys = block(n_block, tile_n, problem.seqlen_k)
-        gK, gV = load_keys(problem, k, keys), load_keys(problem, v, keys)
+        gK, gV = load_keys(problem, x.k, keys), load_keys(problem, x.v, keys)
         acc_dK, acc_dV = torch.zeros_like(gK), torch.zeros_like(gV)
 
         visitors = query_blocks(n_block, tile_m, tile_n, *lengths_and_window(problem))
         for m_block in range(*visitors):
             rows = block(m_block, tile_m, problem.seqlen_q)
-            gQ = load_rows(problem, q, rows) * problem.softmax_scale
+            gQ = load_rows(problem, x.q, rows) * problem.softmax_scale
             gdO = load_rows(problem, dout, rows) / (1 - problem.dropout_p)
-            acc_S, tanh = scores(problem, gQ, gK, rows, keys, alibi_slopes)
+            acc_S, tanh = scores(problem, gQ, gK, rows, keys, x.alibi_slopes)
             acc_P = acc_S.sub_(load_rows(problem, lse, rows)).exp_()
             acc_dP = gdO @ gV.mT
             dropped_P = acc_P
             if problem.dropout_p > 0:
-                keep = kept(problem, seed, sequence, rows, keys)
+                keep = kept(problem, x.seed, first, rows, keys)
                 dropped_P = acc_P * keep
                 acc_dP.mul_(keep)
             acc_dV.baddbmm_(dropped_P.mT, gdO)
@@ -197,15 +156,7 @@ def backward_dense(
     return dq.mul_(problem.softmax_scale).to(problem.dtype), dk, dv
 
 
-def dropout_probabilities(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    alibi_slopes: Tensor | None,
-    seed: int,
-    layout: Layout | None = None,
-) -> Tensor:
+def dropout_probabilities(problem: Problem, x: Inputs, lse: Tensor) -> Tensor:
     """The probabilities before dropout, negative where dropped (-0.0 too); for tests.
 
     Returns:
@@ -213,35 +164,26 @@ def dropout_probabilities(
             sequences these are the largest lengths, and elements beyond a sequence's own are 0.
     """
     lse = as_column(lse)
-    if layout is None:
-        return probabilities_dense(problem, q, k, lse, alibi_slopes, seed, 0)
-    every = sequences(problem, layout)
+    if x.layout is None:
+        return probabilities_dense(problem, x, 0, lse)
+    every = sequences(problem, x.layout)
     seqlen_q = max((sequence.rows.stop - sequence.rows.start for sequence in every), default=0)
     seqlen_k = max((sequence.keys.stop - sequence.keys.start for sequence in every), default=0)
     S_dmask = lse.new_zeros((problem.batch, problem.heads_q, seqlen_q, seqlen_k))
     for sequence in every:
-        alone, its_q, its_k, _, slopes = dense_batch(problem, layout, sequence, q, k, k, alibi_slopes)
-        its_lse = queries_of(problem, sequence, lse)
-        its_S = probabilities_dense(alone, its_q, its_k, its_lse, slopes, seed, sequence.index)
+        alone, its = dense_batch(problem, x, sequence)
+        its_S = probabilities_dense(alone, its, sequence.index, queries_of(problem, sequence, lse))
         S_dmask[sequence.index, :, : alone.seqlen_q, : alone.seqlen_k] = its_S[0]
     return S_dmask
 
 
-def probabilities_dense(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    alibi_slopes: Tensor | None,
-    seed: int,
-    sequence: int,
-) -> Tensor:
+def probabilities_dense(problem: Problem, x: Inputs, first: int, lse: Tensor) -> Tensor:
     rows, keys = slice(0, problem.seqlen_q), slice(0, problem.seqlen_k)
-    gQ = load_rows(problem, q, rows) * problem.softmax_scale
-    acc_S, _ = scores(problem, gQ, load_keys(problem, k, keys), rows, keys, alibi_slopes)
+    gQ = load_rows(problem, x.q, rows) * problem.softmax_scale
+    acc_S, _ = scores(problem, gQ, load_keys(problem, x.k, keys), rows, keys, x.alibi_slopes)
     lse = lse.masked_fill(lse == -INF, INF)
     acc_P = acc_S.sub_(load_rows(problem, lse, rows)).exp_()
-    S_dmask = torch.where(kept(problem, seed, sequence, rows, keys), acc_P, -acc_P)
+    S_dmask = torch.where(kept(problem, x.seed, first, rows, keys), acc_P, -acc_P)
     return by_head(problem, S_dmask).transpose(2, 3).flatten(1, 2)
 
 
@@ -255,8 +197,10 @@ class Sequence(NamedTuple):
 
 
 def sequences(problem: Problem, layout: Layout) -> list[Sequence]:
-    """All sequences that have queries, cut to what the tensors hold, as in kernels/seqlen.py."""
-    starts_q, starts_k, used, leftpad, storage, _ = (None if x is None else x.tolist() for x in layout)
+    """All sequences that have queries, cut to what the tensors hold, as in kernels/parts/seqlen.py."""
+    starts_q, starts_k, used, leftpad, storage = (None if x is None else x.tolist() for x in layout[:5])
+    if layout.keys is not None:
+        used = [layout.keys] * problem.batch
     found = []
     for b in range(problem.batch):
         rows = interval(starts_q, b, problem.seqlen_q)
@@ -284,22 +228,15 @@ def clamp(x: int, low: int, high: int) -> int:
     return max(low, min(x, high))
 
 
-def dense_batch(
-    problem: Problem,
-    layout: Layout,
-    sequence: Sequence,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-) -> tuple[Problem, Tensor, Tensor, Tensor, Tensor | None]:
-    """One sequence as a dense batch of one: its problem, q, k, v and ALiBi slopes."""
-    q = queries_of(problem, sequence, q)
-    k, v = (keys_of(problem, layout, sequence, x) for x in (k, v))
-    if alibi_slopes is not None and alibi_slopes.ndim == 2:
-        alibi_slopes = alibi_slopes[sequence.index]
+def dense_batch(problem: Problem, x: Inputs, sequence: Sequence) -> tuple[Problem, Inputs]:
+    """One sequence as a dense batch of one."""
+    q = queries_of(problem, sequence, x.q)
+    k, v = (keys_of(problem, x.layout, sequence, tensor) for tensor in (x.k, x.v))
+    slopes = x.alibi_slopes
+    if slopes is not None and slopes.ndim == 2:
+        slopes = slopes[sequence.index]
     alone = replace(problem, batch=1, seqlen_q=q.shape[1], seqlen_k=k.shape[1])
-    return alone, q, k, v, alibi_slopes
+    return alone, Inputs(q, k, v, slopes, x.seed)
 
 
 def queries_of(problem: Problem, sequence: Sequence, x: Tensor) -> Tensor:
@@ -380,9 +317,9 @@ def from_diagonal(problem: Problem, rows: slice, keys: slice, device: torch.devi
     return j - (i + problem.seqlen_k - problem.seqlen_q)
 
 
-def kept(problem: Problem, seed: int, sequence: int, rows: slice, keys: slice) -> Tensor:
+def kept(problem: Problem, seed: int, first: int, rows: slice, keys: slice) -> Tensor:
     """Which elements of a score tile dropout keeps: bool (h, tile_m * group, tile_n)."""
-    heads = sequence * problem.heads_q + torch.arange(problem.batch * problem.heads_q, device=problem.device)
+    heads = first * problem.heads_q + torch.arange(problem.batch * problem.heads_q, device=problem.device)
     i = torch.arange(rows.start, rows.stop, device=problem.device)
     return keep_mask(
         seed,

@@ -74,10 +74,3 @@ def keep_mask(seed: int, dropout_p: float, batch_heads: Tensor, rows: Tensor, ke
     keep = keep.unflatten(-2, (-1, 4)).unflatten(-1, (2, 2))  # (..., 16 keys each, j // 2 % 4, j // 8, j % 2)
     keep = keep.transpose(-3, -2).flatten(-4)
     return keep[..., keys.start % 16 :][..., : len(keys)]
-
-
-def kernel_arguments(seed: int, dropout_p: float) -> tuple[int, int, int, float]:
-    """kernels/dropout.py: Dropout. Words as the signed integers that kernels take."""
-    threshold = keep_threshold(dropout_p)
-    words = (*key_of(seed), threshold << 16 | threshold)
-    return *(word - (word >> 31 << 32) for word in words), 1 / (1 - dropout_p)

@@ -1,12 +1,15 @@
 """For every test: uninitialised memory is NaN, and random numbers repeat."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from mini_flash_attention import counters, decode, dispatch, plans, workspace
-from mini_flash_attention.gpu import config
+from mini_flash_attention import backend
+from mini_flash_attention.gpu import config, fast, memory
+
+UNUSED = torch.zeros(2, dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +18,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_empty_strided")),
-        (plans, ("allocate",)),
+        (fast, ("allocate",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
@@ -60,15 +63,32 @@ def skip_unless_it_runs(path: str, device: torch.device) -> None:
         pytest.skip(f"{path} does not run on {arch}")
 
 
+class Properties(NamedTuple):
+    major: int = 9
+    minor: int = 0
+    multi_processor_count: int = 4
+
+
 @pytest.fixture
-def memory_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What plans keep on a GPU is on the CPU, for tests that pretend to have one."""
-    for module in (decode, dispatch, plans):
-        monkeypatch.setattr(module, "argument", lambda tensor: tensor)
-    monkeypatch.setattr(plans, "allocate", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
-    monkeypatch.setattr(counters, "_zeros", lambda device, count: torch.zeros(count, dtype=torch.int32))
-    monkeypatch.setattr(workspace, "_empty", lambda size, device: torch.empty(size))
-    monkeypatch.setattr(plans, "_unread_memory", lambda device: torch.empty(plans.UNREAD))
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 with 4 SMs whose memory is the CPU's, where no backend is forced; plans are not remembered."""
+    monkeypatch.setattr(backend, "choose", lambda device, forced: "cpu" if forced == "cpu" else "sm90")
+    for name in ("attention_plan", "backward_plan", "append_plan"):
+        monkeypatch.setattr(backend, name, getattr(backend, name).__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fast, "current_device", lambda: None)
+    monkeypatch.setattr(fast, "is_capturing", lambda: False)
+    monkeypatch.setattr(fast, "current_stream", lambda device: 0)
+    monkeypatch.setattr(fast, "allocate", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(memory, "argument", lambda tensor: tensor)
+    monkeypatch.setattr(memory, "_floats", lambda device, size: torch.empty(size))
+    monkeypatch.setattr(memory, "_zeros", lambda device, count: torch.zeros(count, dtype=torch.int32))
+    devices = None, 0, 1
+    monkeypatch.setattr(memory, "_stock", {i: torch.zeros(64, dtype=torch.int32) for i in devices})
+    monkeypatch.setattr(memory, "_unread", {i: torch.empty(memory.UNREAD) for i in devices})
+    monkeypatch.setattr(memory, "unused", lambda device: UNUSED)
+    monkeypatch.setattr(memory, "not_given", lambda device: (UNUSED, UNUSED.unsqueeze(0), torch.empty(1)))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from error_rule import check_gradients, reference_options
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mini_flash_attention import dispatch, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from mini_flash_attention import backend, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from mini_flash_attention.philox import keep_mask
 from mini_flash_attention.problem import Problem
 
@@ -186,13 +186,13 @@ def test_deterministic(path: str, head_dim: int, options: dict) -> None:
 def test_torch_can_ask_for_determinism(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     q, k, v, dout = inputs(100, 130)
-    plan = dispatch.backward_plan
+    plan = backend.backward_plan
 
     def spy(problem: Problem, forced: str | None) -> object:
         asked.append(problem.deterministic)
         return plan(problem, forced)
 
-    monkeypatch.setattr(dispatch, "backward_plan", spy)
+    monkeypatch.setattr(backend, "backward_plan", spy)
     torch.use_deterministic_algorithms(True)
     try:
         torch.autograd.grad(flash_attn_func(q, k, v, softmax_scale=0.123), (q, k, v), dout)

@@ -1,7 +1,8 @@
-"""The benchmark on a CPU: its arithmetic, its result files, and the README's table."""
+"""The benchmark on a CPU: its arithmetic, its result files, and what is made of them."""
 
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 
 from benchmark import (
     cases,
+    compare,
     estimates,
     exactness,
     machine,
@@ -271,7 +273,7 @@ def test_estimate_is_the_larger_one_and_only_where_measured() -> None:
 def test_table_shows_the_newest_run_its_best_and_its_losses() -> None:
     old = replace(RUN, date="2024-01-01T00:00:00Z")
     rows = [measured("mini", 900.0, run=old), measured("mini", 600.0), measured("fa4", 620.0)]
-    text = table.render(table.newest(rows))
+    text = table.render(compare.newest(rows))
     assert "| 128 | yes | 4096 | 4 | 16 | 600 | 620 | **688** | 0.87 |" in text
     assert RUN.date in text and RUN.gpu in text and old.date not in text
 
@@ -282,7 +284,7 @@ def test_table_of_features_gives_shares_of_the_plain_speed() -> None:
         measured("fa4", 500.0),
         replace(measured("mini", 480.0), variant="alibi"),
     ]
-    speeds, features = table.render(table.newest(rows)).split("\n\n**")
+    speeds, features = table.render(compare.newest(rows)).split("\n\n**")
     assert "alibi" not in speeds and "| **600** | 500 | 555 | 1.08 |" in speeds
     assert "| D | causal | S | B | H | mini | alibi |" in features
     assert "| 128 | yes | 4096 | 4 | 16 | 600 | 480 [0.80] |" in features
@@ -296,7 +298,7 @@ def test_table_of_decoding_has_pages_and_an_estimate() -> None:
     rows = [decoded("mini", 20.0), decoded("sdpa-cudnn", 26.8), decoded("mini", 20.5, "paged16")]
     eager = [decoded("mini", 15.0, "eager"), decoded("sdpa-cudnn", 30.0, "eager")]
     eager.append(decoded("mini", 16.0, "eager append"))
-    device, host = table.render(table.newest(rows + eager)).split("\n\n**")
+    device, host = table.render(compare.newest(rows + eager)).split("\n\n**")
     assert "| mini | mini paged16 | sdpa-cudnn | fa3 (est.) | mini / best peer |" in device
     cells = "**1678 (20.0)** | 1637 (20.5) | 1252 (26.8) | 1118 (30.0) | 1.34"
     assert f"| 128 | no | 1/8192 | 1 | 32/8 | {cells} |" in device
@@ -311,16 +313,44 @@ def test_table_of_varlen_has_dense_beside_and_longtail_below() -> None:
         if case.variant == "plain":
             dense = replace(case, variant="dense")
             rows.append(results.row(RUN, dense, "mini", timing.Timing(0.8, 0.0), None))
-    forward, backward = table.render(table.newest([*rows, measured("mini", 600.0)])).split("\n\n**")[1:]
+    forward, backward = table.render(compare.newest([*rows, measured("mini", 600.0)])).split("\n\n**")[1:]
     assert "Sequences of different lengths in one batch, backward, bf16" in backward
     assert "| mini | mini dense | mini / best peer |" in forward
     assert "| 128 | yes | 4096 | 8 | 16 | **550** | 687 | – |" in forward
     assert "| 128 | yes | up to 5010 | 34 | 16 |" in forward
 
 
-def test_readme_table_is_what_the_results_give() -> None:
-    readme = (machine.ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.insert(readme, table.render(table.newest(table.load()))) == readme
+def test_summary_tells_the_worst_case_of_a_kind() -> None:
+    rows = [measured(impl, speed) for impl, speed in (("mini", 760.0), ("mini-sm80", 900.0), ("fa4", 620.0))]
+    rows += [measured("mini", 600.0, seqlen=1024), measured("sdpa-cudnn", 630.0, seqlen=1024)]
+    rows += [replace(row, head_dim=96) for row in rows if row.seqlen_q == 1024 and row.impl == "mini"]
+    rows += [replace(row, suite="cpu", driver="", dtype="fp32") for row in rows]
+    lines = table.summary(compare.kinds(compare.newest(rows))).splitlines()[2:]
+    assert lines == [
+        "| Forward | 2 | 0.92 | 1.01 | 1.10 | D 128, causal, S 1024, B 16, H 16: fa3 (est.) |",
+        "| CPU | 2 | 0.95 | 1.09 | 1.23 | D 128, causal, S 1024, B 16, H 16: sdpa-cudnn |",
+    ]
+
+
+def test_pages_show_what_the_results_give() -> None:
+    """Else: python benchmark/table.py."""
+    runs = compare.newest(compare.load())
+    for path, tables in (
+        (table.README, table.summary(compare.kinds(runs))),
+        (table.TABLES, table.render(runs)),
+    ):
+        text = path.read_text(encoding="utf-8")
+        assert table.insert(text, tables) == text
+    with pytest.raises(ValueError, match="markers"):
+        table.insert("no markers", "")
+
+
+def test_help_writes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Path, "write_text", None)
+    for main in (table.main, plot.main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert "benchmark/results" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_run_measures_and_writes(
@@ -373,6 +403,22 @@ def test_plot_draws_what_has_two_lengths(tmp_path: Path) -> None:
     assert not plot.plot([measured("mini", 600.0)], path)
     assert plot.plot([measured("mini", 600.0), measured("mini", 500.0, seqlen=1024)], path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_shows_the_newest_runs(tmp_path: Path) -> None:
+    """Else: python benchmark/plot.py. Another matplotlib may draw other paths, but not other words."""
+    pytest.importorskip("matplotlib")
+    runs = compare.newest(compare.load())
+    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
+    for path in (first, second):
+        plot.picture(runs, path)
+    assert first.read_bytes() == second.read_bytes()
+    assert words(first) == words(plot.PICTURE)
+    assert all(run[0].date[:10] in words(first)[-1] for run in runs)
+
+
+def words(picture: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)<", picture.read_text(encoding="utf-8"))
 
 
 def test_unknown_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

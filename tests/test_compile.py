@@ -15,8 +15,8 @@ if importlib.util.find_spec("nvidia_cutlass_dsl") is None:
 from cubin import resources
 from tiny import TinyConfig
 
-from mini_flash_attention import __main__, dispatch, flash_attn_func
-from mini_flash_attention.gpu import cache, compile, config
+from mini_flash_attention import __main__, flash_attn_func
+from mini_flash_attention.gpu import cache, compile, config, plans
 from mini_flash_attention.gpu.compile import KernelConfig
 from mini_flash_attention.gpu.config import ForwardConfig
 from mini_flash_attention.problem import Problem
@@ -156,7 +156,7 @@ NUMBERS = [
 
 
 def config_of(call: Problem, path: str = "sm90", **changes: object) -> ForwardConfig:
-    return dispatch.forward_config(dataclasses.replace(call, **changes), path, "sm_90a")
+    return plans.forward_config(dataclasses.replace(call, **changes), path, "sm_90a")
 
 
 @pytest.mark.parametrize("call", [CALL, CAUSAL, WINDOW], ids=["full", "causal", "window"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mini_flash_attention import cpu, flash_attn_func
 from mini_flash_attention.philox import keep_mask
-from mini_flash_attention.problem import Problem, dense
+from mini_flash_attention.problem import Inputs, Problem, dense
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SEED = 0x0123_4567_89AB_CDEF
@@ -40,18 +40,10 @@ def inputs(
 
 
 def problem_of(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Problem:
-    return dense(
-        q,
-        k,
-        v,
-        options.get("dropout_p", 0.0),
-        options.get("softmax_scale"),
-        False,
-        (options.get("window_left"), options.get("window_right")),
-        options.get("softcap", 0.0),
-        options.get("alibi_slopes"),
-        False,
-    )
+    window = (options.get("window_left"), options.get("window_right"))
+    numbers = options.get("dropout_p", 0.0), options.get("softmax_scale"), False, window
+    rest = options.get("softcap", 0.0), options.get("alibi_slopes"), False
+    return dense(q, k, v, (*numbers, *rest))[0]
 
 
 def attend(
@@ -59,8 +51,9 @@ def attend(
 ) -> tuple[Tensor, ...]:
     """out, lse, dq, dk, dv of the CPU backend; the options are those of reference.attention."""
     problem, slopes = problem_of(q, k, v, **options), options.get("alibi_slopes")
-    out, lse = cpu.forward(problem, q, k, v, slopes, SEED)
-    return out, lse, *cpu.backward(problem, dout, dlse, q, k, v, out, lse, slopes, SEED)
+    x = Inputs(q, k, v, slopes, SEED)
+    out, lse = cpu.forward(problem, x)
+    return out, lse, *cpu.backward(problem, x, out, lse, dout, dlse)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, **options: Any) -> None:
@@ -286,8 +279,9 @@ def test_dropout_probabilities() -> None:
     q, k, v, *_ = inputs(2, 40, 50, 4, 2, dtype=torch.float64)
     slopes = torch.rand(4)
     problem = problem_of(q, k, v, dropout_p=0.3, window_right=0, softcap=2.0, alibi_slopes=slopes)
-    out, lse = cpu.forward(problem, q, k, v, slopes, SEED)
-    S_dmask = cpu.dropout_probabilities(problem, q, k, lse, slopes, SEED)
+    x = Inputs(q, k, v, slopes, SEED)
+    out, lse = cpu.forward(problem, x)
+    S_dmask = cpu.dropout_probabilities(problem, x, lse)
     torch.testing.assert_close(S_dmask.abs().sum(-1), torch.ones(2, 4, 40, dtype=torch.float64))
     kept = S_dmask.masked_fill(S_dmask < 0, 0) / 0.7
     heads = v.repeat_interleave(2, dim=2).transpose(1, 2)
@@ -301,7 +295,7 @@ def test_dropout_probabilities() -> None:
 def test_seeds_differ() -> None:
     q, k, v, *_ = inputs()
     problem = problem_of(q, k, v, dropout_p=0.5)
-    one, again, two = (cpu.forward(problem, q, k, v, None, seed)[0] for seed in (1, 1, 2))
+    one, again, two = (cpu.forward(problem, Inputs(q, k, v, None, seed))[0] for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, two)
 
 

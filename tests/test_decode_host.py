@@ -4,26 +4,18 @@ import itertools
 import math
 import threading
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mini_flash_attention import (
-    counters,
-    cpu,
-    cpu_cache,
-    decode,
-    dispatch,
-    flash_attn_with_kvcache,
-    kvcache,
-    plans,
-    workspace,
-)
-from mini_flash_attention.gpu import compile, config
-from mini_flash_attention.kernels.decode.splits import split_blocks, visible_blocks
-from mini_flash_attention.problem import MAX_SPLITS, CacheUpdate, Layout, Problem
+from mini_flash_attention import backend, cpu, flash_attn_with_kvcache, kv_append
+from mini_flash_attention.gpu import compile, config, fast, inputs, memory, plans
+from mini_flash_attention.gpu.splits import MAX_BLOCKS, best_splits
+from mini_flash_attention.kernels.calls import Append, Decode, Ragged
+from mini_flash_attention.kernels.decode.splits import MAX_SPLITS, split_blocks, visible_blocks
+from mini_flash_attention.problem import CacheUpdate, Inputs, Layout, Problem
 
 CUDA = torch.device("cuda", 0)
 CALL = Problem(
@@ -89,12 +81,12 @@ def test_splits_cover_the_blocks_once() -> None:
     ("tiles", "blocks"), [(8, 64), (8, 1024), (1, 8192), (128, 64), (576, 8), (512, 128), (70_000, 32)]
 )
 def test_splits_fill_the_gpu(tiles: int, blocks: int) -> None:
-    splits = decode.best_splits(tiles, 0.03, blocks, 2**16, num_sms=132, resident=2)
+    splits = best_splits(tiles, 0.03, blocks, 2**16, num_sms=132, resident=2)
     assert 1 <= splits <= MAX_SPLITS
-    assert blocks / splits <= decode.MAX_BLOCKS
+    assert blocks / splits <= MAX_BLOCKS
     assert tiles * splits >= min(0.4 * 132, tiles * MAX_SPLITS)  # so many keep the memory busy
     if tiles >= 132:
-        assert splits == -(-blocks // decode.MAX_BLOCKS)
+        assert splits == -(-blocks // MAX_BLOCKS)
 
 
 @pytest.mark.parametrize(
@@ -121,20 +113,22 @@ def test_splits_fill_the_gpu(tiles: int, blocks: int) -> None:
 )
 def test_splits_are_those_that_were_fast(tiles: int, group: int, keys: int, best: tuple[int, ...]) -> None:
     """Within 4 % of the fastest on an H100, head dim 128 (docs/worklog.md); best: from, to."""
-    splits = decode.best_splits(tiles, group / 128, -(-keys // 128), 2**16, num_sms=132, resident=2)
+    splits = best_splits(tiles, group / 128, -(-keys // 128), 2**16, num_sms=132, resident=2)
     assert best[0] <= splits <= best[-1]
 
 
 def test_a_window_limits_the_splits() -> None:
-    row = decode.decode_config(CALL, "sm_90a")
+    row = plans.decode_config(CALL, "sm_90a")
     call = replace(CALL, batch=1, seqlen_k=100_000, window_left=511)
-    assert decode.choose_splits(call, row, 132) == decode.choose_splits(replace(call, seqlen_k=512), row, 132)
-    assert decode.choose_splits(replace(call, window_left=None), row, 132) > 4
+    assert plans.choose_splits(call, row, 132) == plans.choose_splits(replace(call, seqlen_k=512), row, 132)
+    assert plans.choose_splits(replace(call, window_left=None), row, 132) > 4
 
 
-def test_few_queries_are_decoded_many_are_not() -> None:
+def test_few_queries_are_decoded_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "sms", lambda problem: 132)
+
     def pays(path: str = "sm90", **changes: Any) -> bool:
-        return decode.pays(replace(CALL, **changes), path, 132)
+        return plans.decoding_pays(replace(CALL, **changes), path)
 
     assert pays() and pays("sm80") and pays(batch=1000) and pays(seqlen_q=4, batch=1000)
     assert pays(seqlen_q=16, heads_q=128, heads_k=1)
@@ -145,7 +139,7 @@ def test_few_queries_are_decoded_many_are_not() -> None:
 
 
 def test_numbers_do_not_choose_the_kernel() -> None:
-    row = decode.decode_config(CALL, "sm_90a")
+    row = plans.decode_config(CALL, "sm_90a")
     for changes in (
         {"batch": 1},
         {"seqlen_k": 77},
@@ -159,11 +153,11 @@ def test_numbers_do_not_choose_the_kernel() -> None:
         {"head_dim": 120},
         {"seqlen_q": 3},
     ):
-        assert decode.decode_config(replace(CALL, **changes), "sm_90a") == row
+        assert plans.decode_config(replace(CALL, **changes), "sm_90a") == row
     for page_size in (1, 16, 100):
-        assert decode.decode_config(replace(CALL, page_size=page_size), "sm_90a") == replace(row, page=1)
-    assert decode.decode_config(replace(CALL, seqlen_q=5), "sm_90a").tile_m == 64
-    assert decode.decode_config(replace(CALL, softcap=1.0, alibi=True), "sm_90a").score == "softcap_alibi"
+        assert plans.decode_config(replace(CALL, page_size=page_size), "sm_90a") == replace(row, page=1)
+    assert plans.decode_config(replace(CALL, seqlen_q=5), "sm_90a").tile_m == 64
+    assert plans.decode_config(replace(CALL, softcap=1.0, alibi=True), "sm_90a").score == "softcap_alibi"
 
 
 def test_tiles_fit() -> None:
@@ -184,118 +178,73 @@ def test_tiles_fit() -> None:
 # What the kernels are given
 
 
-class Properties(NamedTuple):
-    major: int = 9
-    minor: int = 0
-    multi_processor_count: int = 4
-
-
 class Kernels:
     """Stands in for the compiled ones: keeps what they are given, and computes with the CPU backend."""
 
     def __init__(self) -> None:
         self.rows: list[Any] = []
-        self.decoded: dict[str, Any] = {}
+        self.decoded: Decode | None = None
         self.appended = False
 
     def get(self, row: Any) -> Any:
         self.rows.append(row)
         return {"decode.attend": self.decode, "decode.append": self.append}[row.kernel]
 
-    def problem(self, q: Tensor, k: Tensor, ragged: tuple, **changes: Any) -> tuple[Problem, Layout]:
-        *tensors, table, given, _, _, batch, longest = ragged
-        layout = Layout(*(x if given >> i & 1 else None for i, x in enumerate(tensors)))
+    def problem(self, q: Tensor, k: Tensor, ragged: Ragged, **changes: Any) -> tuple[Problem, Layout]:
+        layout = Layout(*(x if ragged.given >> i & 1 else None for i, x in enumerate(ragged[:5])))
         paged, packed = self.rows[-1].page == 1, layout.cu_seqlens_q is not None
+        table = ragged.block_table
         if paged:
             layout = layout._replace(block_table=table)
+        if layout.seqused_k is None:
+            layout = layout._replace(keys=ragged.keys)
         capacity = k.shape[1] * (table.shape[1] if paged else 1)
-        facts = q.dtype, q.device, batch, q.shape[1], capacity, q.shape[2], k.shape[2], q.shape[3], 1.0
+        facts = q.dtype, q.device, ragged.batch, q.shape[1], capacity, q.shape[2], k.shape[2], q.shape[3], 1.0
         problem = Problem(*facts, ragged=True, packed_q=packed, page_size=k.shape[1] if paged else 0)
-        return replace(problem, max_seqlen_q=longest, **changes), layout
+        return replace(problem, max_seqlen_q=ragged.longest, **changes), layout
 
-    def decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        workspace: Tensor,
-        score: tuple,
-        left: int,
-        right: int,
-        ragged: tuple,
-        num_splits: int,
-        fused: int,
-        counters: Tensor,
-    ) -> None:
-        scale, softcap, slopes = score
-        assert scale > 0 and dispatch.ready(q, k, v, out) and lse.is_contiguous()
-        if num_splits > 1:
-            assert workspace.is_contiguous()
-            assert workspace.numel() >= num_splits * lse.numel() * (q.shape[3] + 1)
-        if fused:
+    def decode(self, call: Decode) -> None:
+        q, k, out, lse = call.mQ, call.mK, call.mO, call.mLSE
+        scale, softcap, slopes = call.score
+        assert scale > 0 and inputs.in_place(q, k, call.mV, out) and lse.is_contiguous()
+        if call.num_splits > 1:
+            assert call.workspace.is_contiguous()
+            assert call.workspace.numel() >= call.num_splits * lse.numel() * (q.shape[3] + 1)
+        if call.fused:
             group = q.shape[2] // k.shape[2]
             tiles = len(q) * k.shape[2] * -(-q.shape[1] * group // self.rows[-1].tile_m)
-            assert num_splits > 1 and len(counters) >= tiles and not counters.any()
-        window = {"window_left": left, "window_right": right}
+            assert call.num_splits > 1 and len(call.counters) >= tiles and not call.counters.any()
+        window = {"window_left": call.window_left, "window_right": call.window_right}
         options = {"softmax_scale": scale, "softcap": softcap or 0.0, "alibi": slopes is not None}
-        problem, layout = self.problem(q, k, ragged, **window, **options)
-        keys, added = ragged[7:9]
-        used = torch.full((problem.batch,), keys) if layout.seqused_k is None else layout.seqused_k
-        layout = layout._replace(seqused_k=used.int() + added)
+        problem, layout = self.problem(q, k, call.ragged, **window, **options)
+        used = layout.keys if layout.seqused_k is None else layout.seqused_k
+        used = torch.zeros(problem.batch, dtype=torch.int32) + used + call.ragged.added
         if problem.packed_q:
             q = q.squeeze(0)
-        expected, expected_lse = cpu.forward(problem, q, k, v, slopes, None, layout)
+        x = Inputs(q, k, call.mV, slopes, None, layout._replace(seqused_k=used, keys=None))
+        expected, expected_lse = cpu.forward(problem, x)
         out.copy_(expected.view_as(out))
         lse.copy_(expected_lse.view_as(lse))
-        self.decoded = {"q": q, "k": k, "window": (left, right), "splits": num_splits, "fused": fused}
+        self.decoded = call
 
-    def append(
-        self,
-        k_new: Tensor,
-        v_new: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q: Tensor | None,
-        q_out: Tensor | None,
-        rotary: tuple[Tensor, Tensor] | None,
-        advance: int,
-        ragged: tuple,
-    ) -> None:
+    def append(self, call: Append) -> None:
         kind = self.rows[-1].rotary
-        assert (rotary is None) == (kind == "none") == (q is None)
-        queries = k_new if q is None else q
-        problem, layout = self.problem(queries, k, ragged, window_right=0 if advance else None)
-        update = CacheUpdate(k_new, v_new, *(rotary or (None, None)), kind == "interleaved")
-        seqlens = ragged[7] if layout.seqused_k is None else layout.seqused_k
-        rotated = cpu_cache.append(problem, queries, k, v, seqlens, layout, update)
-        if q_out is not None:
-            q_out.copy_(rotated)
+        assert (call.rotary is None) == (kind == "none") == (call.mQ is None)
+        queries = call.mK_new if call.mQ is None else call.mQ
+        window = {"window_right": 0 if call.advance else None}
+        problem, layout = self.problem(queries, call.mK, call.ragged, **window)
+        tables = call.rotary or (None, None)
+        update = CacheUpdate(call.mK_new, call.mV_new, *tables, kind == "interleaved")
+        rotated = kv_append.append(problem, Inputs(queries, call.mK, call.mV, layout=layout), update).q
+        if call.mQ_out is not None:
+            call.mQ_out.copy_(rotated)
         self.appended = True
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch, memory_of_the_cpu: None) -> Kernels:
-    """An H100 with 4 SMs, whose memory is the CPU's."""
+def kernels(monkeypatch: pytest.MonkeyPatch, pretended_gpu: None) -> Kernels:
     kernels = Kernels()
-    monkeypatch.setattr(dispatch, "choose", lambda device, forced: "cpu" if forced == "cpu" else "sm90")
     monkeypatch.setattr(compile, "get", kernels.get)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    for module in (decode, dispatch):
-        monkeypatch.setattr(module, "unused_counter", lambda device: torch.empty(2, dtype=torch.int32))
-    monkeypatch.setattr(counters, "_stock", {None: torch.zeros(64, dtype=torch.int32)})
-    for module, name in (
-        (dispatch, "not_given"),
-        (decode, "plan"),
-        (kvcache, "attention_plan"),
-        (kvcache, "append_plan"),
-    ):
-        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     return kernels
 
 
@@ -329,8 +278,8 @@ def check(
     if isinstance(lengths, tuple):
         lengths = torch.tensor(lengths, dtype=torch.int32)
     results = []
-    for backend in ("cpu", ""):
-        monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", backend)
+    for forced in ("cpu", ""):
+        monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", forced)
         caches = k_cache.clone(), v_cache.clone()
         out = flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths, return_softmax_lse=True, **options)
         results.append((*out, *caches))
@@ -346,8 +295,8 @@ def check(
         {},
         {"causal": True, "seqlen_q": 3},
         {"window_size": (5, 2), "seqlen_q": 4, "num_splits": 3},
-        {"softcap": 2.0, "alibi_slopes": torch.rand(4)},
-        {"alibi_slopes": torch.rand(3, 4)},
+        {"softcap": 2.0, "alibi_slopes": torch.arange(4) / 5},
+        {"alibi_slopes": torch.arange(12).view(3, 4) / 13},
         {"heads": (6, 1), "softmax_scale": -0.3},
         {"head_dim": 59, "softmax_scale": 0.0, "num_splits": 2},
         {"cache_batch_idx": torch.tensor([2, 0, 1], dtype=torch.int32)},
@@ -362,7 +311,7 @@ def test_the_kernel_is_given_the_call(
     options: dict[str, Any],
 ) -> None:
     check(monkeypatch, page_size=page_size, lengths=lengths, **options)
-    assert kernels.decoded["splits"] == options.get("num_splits", 1)
+    assert kernels.decoded.num_splits == options.get("num_splits", 1)
 
 
 def test_left_padding_is_given(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,11 +353,11 @@ def test_what_a_kernel_refuses_is_copied(kernels: Kernels, monkeypatch: pytest.M
     refused = []
 
     def refusing(kernel: Any) -> Any:
-        def launch(*arguments: Any) -> None:
-            if not dispatch.ready(*(x for x in arguments[:4] if x is not None)):
+        def launch(call: Decode | Append) -> None:
+            if not inputs.in_place(*call[:4]):
                 refused.append(kernel)
                 raise ValueError("Mismatched mQ.strides[3]")
-            kernel(*arguments)
+            kernel(call)
 
         return launch
 
@@ -439,8 +388,8 @@ def test_an_lse_that_nobody_wants_is_not_allocated(kernels: Kernels, monkeypatch
     q = torch.randn(3, 1, 4, 64, dtype=torch.float16)
     k = torch.randn(3, 48, 2, 64, dtype=torch.float16)
     lengths = torch.tensor([7, 0, 40], dtype=torch.int32)
-    allocated, allocate = [], plans.allocate
-    monkeypatch.setattr(plans, "allocate", lambda *like: allocated.append(like[0]) or allocate(*like))
+    allocated, allocate = [], fast.allocate
+    monkeypatch.setattr(fast, "allocate", lambda *like: allocated.append(like[0]) or allocate(*like))
     for options, shapes in (
         ({}, [q.shape]),
         ({"return_softmax_lse": True}, [q.shape, (3, 4, 1)]),
@@ -449,45 +398,40 @@ def test_an_lse_that_nobody_wants_is_not_allocated(kernels: Kernels, monkeypatch
         allocated.clear()
         flash_attn_with_kvcache(q, k, k, cache_seqlens=lengths, **options)
         assert allocated == shapes
-    assert plans.unread((1, 1, plans.UNREAD + 1), 0) is None
+    assert memory.unread((1, 1, memory.UNREAD + 1), 0) is None
 
 
 def test_no_memory_is_made_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True, raising=False)
-    monkeypatch.setattr(plans, "_unread", {})
-    assert plans.unread((1, 2, 3), 0) is None
-    monkeypatch.setattr(plans, "_unread", {0: torch.empty(plans.UNREAD)})
-    assert plans.unread((1, 2, 3), 0).shape == (1, 2, 3)
-    assert plans.unread((1, 1, plans.UNREAD + 1), 0) is None
+    monkeypatch.setattr(fast, "is_capturing", lambda: True)
+    monkeypatch.setattr(memory, "_unread", {})
+    assert memory.unread((1, 2, 3), 0) is None
+    monkeypatch.setattr(memory, "_unread", {0: torch.empty(memory.UNREAD)})
+    assert memory.unread((1, 2, 3), 0).shape == (1, 2, 3)
+    assert memory.unread((1, 1, memory.UNREAD + 1), 0) is None
 
 
 def test_a_workspace_is_for_one_thread_and_one_stream(
-    memory_of_the_cpu: None, monkeypatch: pytest.MonkeyPatch
+    pretended_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace, "_kept", workspace._Kept())
-    stock = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(counters, "_stock", {0: stock, 1: stock})
-    monkeypatch.setattr(counters, "unused_counter", lambda device: "unused")
+    monkeypatch.setattr(memory, "_workspaces", memory._Workspaces())
+    monkeypatch.setattr(memory, "unused", lambda device: "unused")
     state = {"capturing": False, "stream": 1}
-    for name, made in (
-        ("_cuda_isCurrentStreamCapturing", lambda: state["capturing"]),
-        ("_cuda_getCurrentRawStream", lambda device: state["stream"]),
-    ):
-        monkeypatch.setattr(torch._C, name, made, raising=False)
+    monkeypatch.setattr(fast, "is_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(fast, "current_stream", lambda device: state["stream"])
 
     def get(size: int = 100, count: int = 9, device: int = 0, **changes: Any) -> tuple[Tensor, Tensor]:
         state.update(capturing=False, stream=1)
         state.update(changes)
-        return workspace.workspace(size, count, device)
+        return memory.workspace(size, count, device)
 
     first = get()
-    assert get() is get(workspace.KEPT) is first
+    assert get() is get(memory.WORKSPACE) is first
     others = [get(stream=2), get(device=1), get(capturing=True)]
     thread = threading.Thread(target=lambda: others.append(get()))
     thread.start()
     thread.join()
-    large, its_counters = get(workspace.KEPT + 1)
-    assert large.numel() == workspace.KEPT + 1 and its_counters is first[1]
+    large, its_counters = get(memory.WORKSPACE + 1)
+    assert large.numel() == memory.WORKSPACE + 1 and its_counters is first[1]
     for memories in zip(first, *others, strict=True):
         assert len({x.data_ptr() for x in memories}) == 5
     assert not any(counts.any() for _, counts in others)
@@ -498,11 +442,14 @@ def test_a_workspace_is_for_one_thread_and_one_stream(
     assert get(count=0, capturing=True)[1] == "unused"
 
 
-def test_many_queries_take_the_forward_kernels(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(dispatch, "forward_plan", lambda problem, forced: asked.append(problem) or "plan")
+def test_many_queries_take_the_forward_kernels(pretended_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "forward", lambda problem, path: "forward")
+    monkeypatch.setattr(plans, "decode", lambda problem, num_splits: num_splits)
     call = replace(CALL, seqlen_q=4096)
-    assert kvcache.attention_plan(call, 0, None) == kvcache.attention_plan(call, 1, None) == "plan"
-    assert asked == [call, call]
-    monkeypatch.setattr(decode, "plan", lambda problem, num_splits: num_splits)
-    assert kvcache.attention_plan(call, 2, None) == 2
+    assert backend.attention_plan(call, 0, None) == backend.attention_plan(call, 1, None) == "forward"
+    assert backend.attention_plan(call, 2, None) == 2
+    assert backend.attention_plan(CALL, 0, None) == 0
+    dropping = replace(CALL, dropout_p=0.1)  # decoding has no dropout
+    assert backend.attention_plan(dropping, 0, None) == "forward"
+    dense = replace(CALL, ragged=False)
+    assert backend.attention_plan(dense, 0, None) == "forward"

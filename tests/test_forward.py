@@ -11,13 +11,12 @@ from torch import Tensor
 
 from mini_flash_attention import (
     api,
-    counters,
-    dispatch,
+    backend,
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
-    plans,
 )
+from mini_flash_attention.gpu import fast, memory
 from mini_flash_attention.philox import keep_mask
 
 FULL, CAUSAL = {}, {"causal": True}
@@ -194,7 +193,7 @@ def test_nothing_is_written_outside_the_result(path: str, monkeypatch: pytest.Mo
     for lengths, head_dim in itertools.product(((1, 1), (130, 50), (333, 400)), (40, 64, 128, 256)):
         tensors = inputs(*lengths, head_dim=head_dim)
         with monkeypatch.context() as patched:
-            patched.setattr(plans, "allocate", lambda shape, strides, dtype: between_guards(shape, dtype))
+            patched.setattr(fast, "allocate", lambda shape, strides, dtype: between_guards(shape, dtype))
             patched.setattr(torch, "empty_like", lambda x: between_guards(x.shape, x.dtype))
             flash_attn_func(*tensors, causal=True, return_attn_probs=True)
         assert len(guarded) == 2  # out, lse
@@ -204,12 +203,12 @@ def test_nothing_is_written_outside_the_result(path: str, monkeypatch: pytest.Mo
 
 
 def test_an_unwanted_lse_goes_where_nobody_reads(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = torch.full((8192 + plans.UNREAD,), 7.0, device="cuda")
-    monkeypatch.setitem(plans._unread, torch.cuda.current_device(), pool[4096:-4096])
-    dispatch.forward_plan.cache_clear()  # a plan holds a view of that memory
+    pool = torch.full((8192 + memory.UNREAD,), 7.0, device="cuda")
+    monkeypatch.setitem(memory._unread, torch.cuda.current_device(), pool[4096:-4096])
+    backend.attention_plan.cache_clear()  # a plan holds a view of that memory
     q = inputs(130, 50, heads_q=3, heads_k=3)[0]
     flash_attn_func(q, q[:, :50], q[:, :50], causal=True)
-    dispatch.forward_plan.cache_clear()
+    backend.attention_plan.cache_clear()
     written = q.shape[0] * q.shape[2] * q.shape[1]
     assert (pool[:4096] == 7).all() and (pool[4096 + written :] == 7).all()
     assert (pool[4096 : 4096 + written] != 7).all()
@@ -243,7 +242,7 @@ def test_graphs_and_streams(path: str, empty_pool: bool, monkeypatch: pytest.Mon
     q, k, v = inputs(1025, 700, 16, 4, head_dim=128, batch=4)  # more tiles than SMs: they are drawn
     expected = flash_attn_func(q, k, v, causal=True)
     if empty_pool:
-        monkeypatch.setattr(counters, "_stock", {})
+        monkeypatch.setattr(memory, "_stock", {})
     graphs, streams = [], [torch.cuda.Stream() for _ in range(3)]
     captured = []
     for stream in streams[:2]:

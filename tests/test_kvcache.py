@@ -9,9 +9,8 @@ import torch
 from error_rule import check_forward, reference_options
 from torch import Tensor
 
-from mini_flash_attention import counters, cpu_cache, dispatch, flash_attn_with_kvcache, kvcache, workspace
-from mini_flash_attention.gpu import compile
-from mini_flash_attention.problem import CacheUpdate, Layout
+from mini_flash_attention import backend, flash_attn_with_kvcache, kv_append
+from mini_flash_attention.gpu import compile, inputs, memory, run
 from mini_flash_attention.problem import cache as problem_of_cache
 
 INT_MAX = 2**31 - 1
@@ -463,17 +462,14 @@ def test_what_has_no_place_is_not_written(any_path: torch.device, paged: bool) -
     lengths, batch_idx = int32([30, 14, -2, 20], device), int32([3, 0, 1, 4], device)
     q, new_k, new_v = (torch.randn(4, 5, 2, 64, device=device, dtype=torch.float16) for _ in range(3))
     before = cache.k.clone(), cache.v.clone()
-    problem = problem_of_cache(
-        *(q, cache.k, cache.v, new_k, new_v, None, None, lengths, batch_idx, None, cache.block_table),
-        *(None, False, (-1, -1), 0.0, True, None, 0),
-    )
-    layout = Layout(seqused_k=lengths, batch_idx=batch_idx, block_table=cache.block_table)
-    update = CacheUpdate(new_k, new_v)
+    new, places = (new_k, new_v, None, None, True), (lengths, batch_idx, None, cache.block_table)
+    options = (0.0, None, False, (-1, -1), 0.0, None, False)
+    problem, x, update = problem_of_cache(q, cache.k, cache.v, new, places, options, 0)
     if device.type == "cpu":
-        cpu_cache.append(problem, q, cache.k, cache.v, lengths, layout, update)
+        kv_append.append(problem, x, update)
     else:
-        ragged = dispatch.ragged_arguments(problem, layout, keys=0, added=5)
-        kvcache.append_plan(problem, "none").run(q, cache.k, cache.v, ragged, update)
+        plan, ragged = backend.append_plan(problem, 5, "none"), inputs.ragged(problem, x.layout, 5)
+        assert run.append(plan, problem, x, update, ragged) is x  # by the kernel
     places = [(3, 30, 0, 0), (3, 31, 0, 1), (0, 14, 1, 0), (0, 15, 1, 1)]  # row, token, sequence, new token
     places += [(1, 0, 2, 2), (1, 1, 2, 3), (1, 2, 2, 4)]
     places += [] if paged else [(0, 16, 1, 2), (0, 17, 1, 3), (0, 18, 1, 4)]
@@ -671,7 +667,7 @@ def test_graphs_count_their_splits_apart(
     k, v = torch.randn(2, 3, 2048, 2, 128, device=gpu, dtype=torch.bfloat16)
     expected = flash_attn_with_kvcache(q, k, v, num_splits=16)
     if stock == "none":
-        monkeypatch.setattr(counters, "_stock", {})
+        monkeypatch.setattr(memory, "_stock", {})
     graphs, streams, captured = [], [torch.cuda.Stream() for _ in range(2)], []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
@@ -688,9 +684,9 @@ def test_graphs_count_their_splits_apart(
         beside = flash_attn_with_kvcache(q, k, v, num_splits=16)
         torch.cuda.synchronize()
         assert all(torch.equal(out, expected) for out in (*captured, beside))
-    kept = [counts for _, counts in workspace._kept.of_stream.values()]
-    assert kept and counters._captured
-    assert not any(counts.any() for counts in (*kept, *counters._captured))
+    kept = [counts for _, counts in memory._workspaces.of_stream.values()]
+    assert kept and memory._captured
+    assert not any(counts.any() for counts in (*kept, *memory._captured))
 
 
 def test_no_synchronisation_and_one_kernel_for_all_lengths(

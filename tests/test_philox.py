@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
+from mini_flash_attention.gpu.inputs import dropout as dropout_of
 from mini_flash_attention.philox import (
     RANDOM_BITS,
     keep_mask,
     keep_threshold,
-    kernel_arguments,
     key_of,
     philox,
 )
@@ -101,7 +101,7 @@ def test_the_threshold_counts_random_values() -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-5, 0.1, 0.5, 0.99, 1 - 2**-20])
 def test_kernels_take_signed_words(dropout_p: float) -> None:
     seed = 0xFEDCBA9876543210
-    key0, key1, threshold, rescale = kernel_arguments(seed, dropout_p)
+    key0, key1, threshold, rescale = dropout_of(seed, dropout_p)
     assert all(-(2**31) <= word < 2**31 for word in (key0, key1, threshold))
     assert (key0 % 2**32, key1 % 2**32) == key_of(seed)
     assert divmod(threshold % 2**32, 2**16) == (keep_threshold(dropout_p),) * 2
@@ -126,7 +126,7 @@ def words_of(row: int, key: int) -> list[int]:
 
 def kept_pairs(words: list[int], dropout_p: float) -> list[tuple[bool, bool]]:
     """As dropout.marked, for each word: the lower and the upper half."""
-    threshold = kernel_arguments(SEED, dropout_p)[2]
+    threshold = dropout_of(SEED, dropout_p)[2]
     signs = [(word | 0x80008000) - threshold & 0x80008000 for word in words]
     return [(not sign & 0x8000, not sign & 0x80000000) for sign in signs]
 
@@ -195,7 +195,7 @@ def test_the_kernels_generator_on_the_cpu() -> None:
             out[4 + i] = dropout.marked(numbers, Int32(0), words[i])
 
     out = torch.empty(8, dtype=torch.int32)
-    numbers = kernel_arguments(SEED, 0.4)[:3]
+    numbers = dropout_of(SEED, 0.4)[:3]
     compiled = cute.compile(generate, from_dlpack(out), *map(Int32, (*numbers, 1, 1, 1)))
     for row, key in ((0, 0), (12345, 777), (8, 9), (2**31 - 1, 2**31 - 3)):
         compiled(from_dlpack(out), *map(Int32, (*numbers, row, key, HEAD)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mini_flash_attention import problem
+from mini_flash_attention import checks, problem
 from mini_flash_attention.problem import Problem
 
 DEFAULTS = dict(
@@ -28,7 +28,7 @@ KV = torch.zeros(2, 7, 3, 32)
 
 
 def dense(q: Tensor = Q, k: Tensor = KV, v: Tensor = KV, **options: Any) -> Problem:
-    return problem.dense(q, k, v, **DEFAULTS | options)
+    return problem.dense(q, k, v, tuple((DEFAULTS | options).values()))[0]
 
 
 def test_another_process_computes_its_own_hash() -> None:
@@ -127,7 +127,7 @@ def test_empty_problems_are_legal(batch: int, seqlen_q: int, seqlen_k: int) -> N
 
 
 @pytest.mark.parametrize("head_dim", [1, 2, 59, 111, 256])
-@pytest.mark.parametrize("dtype", problem.DTYPES)
+@pytest.mark.parametrize("dtype", checks.DTYPES)
 def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
     x = torch.zeros(1, 2, 3, head_dim, dtype=dtype)
     made = dense(x, x, x)
@@ -231,20 +231,26 @@ def test_slopes_that_are_parameters_serve_where_nothing_is_trained() -> None:
 
 QP, KP = x(12, 6, 32), x(20, 3, 32)
 PAGES = x(9, 4, 3, 32)  # 9 pages of 4 tokens
-VARLEN = DEFAULTS | dict(
+VARLEN = dict(
     cu_seqlens_q=x(3, dtype=torch.int32),
     cu_seqlens_k=x(3, dtype=torch.int32),
     max_seqlen_q=7,
     max_seqlen_k=11,
     block_table=None,
     seqused_k=None,
-    out=None,
 )
 USED, TABLE = x(2, dtype=torch.int32), x(2, 5, dtype=torch.int32)
 
 
 def varlen(q: Tensor = QP, k: Tensor = KP, v: Tensor | None = None, **options: Any) -> Problem:
-    return problem.varlen(q, k, k if v is None else v, **VARLEN | options)
+    lengths, out = chosen(VARLEN, options), options.pop("out", None)
+    options = tuple((DEFAULTS | options).values())
+    return problem.varlen(q, k, k if v is None else v, lengths, options, out)[0]
+
+
+def chosen(defaults: dict[str, Any], options: dict[str, Any]) -> tuple:
+    """The arguments of these names: taken from the options, else the default."""
+    return tuple(options.pop(name, default) for name, default in defaults.items())
 
 
 def test_facts_of_packed_sequences() -> None:
@@ -342,29 +348,19 @@ def test_varlen_errors(arguments: dict[str, Any], error: type[Exception], messag
 
 QC, KC = x(2, 4, 6, 32), x(3, 50, 3, 32)  # two sequences, three rows
 NEW, COS = x(2, 4, 3, 32), x(50, 8)
-CACHE = dict(
-    k=None,
-    v=None,
-    rotary_cos=None,
-    rotary_sin=None,
-    cache_seqlens=USED,
-    cache_batch_idx=None,
-    cache_leftpad=None,
-    block_table=None,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    rotary_interleaved=True,
-    alibi_slopes=None,
-    num_splits=0,
-)
+NO_NEW = dict(k=None, v=None, rotary_cos=None, rotary_sin=None, rotary_interleaved=True)
+PLACES = dict(cache_seqlens=USED, cache_batch_idx=None, cache_leftpad=None, block_table=None)
 APPEND = dict(k=NEW, v=NEW)
 ROTARY = APPEND | dict(rotary_cos=COS, rotary_sin=COS)
 
 
 def cache(q: Tensor = QC, k_cache: Tensor = KC, v_cache: Tensor | None = None, **options: Any) -> Problem:
-    return problem.cache(q, k_cache, k_cache if v_cache is None else v_cache, **CACHE | options)
+    v_cache = k_cache if v_cache is None else v_cache
+    new, places = chosen(NO_NEW, options), chosen(PLACES, options)
+    num_splits = options.pop("num_splits", 0)
+    options = tuple((DEFAULTS | options).values())
+    made, *_ = problem.cache(q, k_cache, v_cache, new, places, options, num_splits)
+    return made
 
 
 def test_facts_of_a_cache() -> None:

@@ -29,8 +29,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Protocol
 
-import mini_flash_attention
 from mini_flash_attention.gpu import cache
+from mini_flash_attention.version import __version__
 
 SYMBOL = "mini_flash_attention"  # the function in every library: each is loaded on its own
 RUNTIME = "cu[0-9]*/lib/libcute_dsl_runtime.so"
@@ -111,7 +111,7 @@ def _versions() -> tuple[str, ...]:
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(f"{error.name} is not installed. {INSTALL}") from None
     cuda = _runtime_library().parent.parent.name  # "cu12" or "cu13"
-    return mini_flash_attention.__version__, *packages, cuda, sys.platform, platform.machine()
+    return __version__, *packages, cuda, sys.platform, platform.machine()
 
 
 @functools.cache

@@ -45,6 +45,6 @@ def configs(arch: str) -> Iterator[Config]:
     yield from decode_configs(arch)
     yield from append_configs(arch)
     for path in paths(arch):
-        for row in (row for row in forward_configs(arch) if row.kernel == f"fwd_{path}"):
+        for row in (row for row in forward_configs(arch) if row.kernel == f"forward.{path}"):
             for page in (0, *(SM90_PAGES if path == "sm90" else (1,))):
                 yield forward(path, arch, row.dtype, row.head_dim, row.mask, ragged=True, page=page)

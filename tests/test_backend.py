@@ -1,25 +1,24 @@
 """Which backend serves which device, and the limits that tiles must respect; no GPU is needed."""
 
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from error_rule import check_forward
 from torch import Tensor
 
-from mini_flash_attention import decode, dispatch, flash_attn_func, flash_attn_varlen_func, reference
-from mini_flash_attention.gpu import compile, config
+from mini_flash_attention import backend, flash_attn_func, flash_attn_varlen_func, reference
+from mini_flash_attention.gpu import compile, config, inputs, memory, plans
+from mini_flash_attention.kernels.calls import Backward, Forward
 from mini_flash_attention.problem import Problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-NO_COUNTER = torch.zeros(2, dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    dispatch.choose.cache_clear()
+    backend.choose.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -40,10 +39,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
 )
 def test_the_device_chooses(capability: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, capability)
-    assert dispatch.choose(CUDA, None) == path
-    assert dispatch.choose(CUDA, "sm80") == "sm80"
-    assert dispatch.choose(CUDA, "cpu") == "cpu"
-    assert dispatch.choose(CPU, None) == "cpu"
+    assert backend.choose(CUDA, None) == path
+    assert backend.choose(CUDA, "sm80") == "sm80"
+    assert backend.choose(CUDA, "cpu") == "cpu"
+    assert backend.choose(CPU, None) == "cpu"
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (13, 0)])
@@ -52,13 +51,13 @@ def test_gpus_that_no_kernel_runs_on_are_told(
 ) -> None:
     pretend(monkeypatch, capability)
     with pytest.raises(RuntimeError, match="Pretended GPU.*MINI_FLASH_ATTENTION_BACKEND=cpu"):
-        dispatch.choose(CUDA, None)
+        backend.choose(CUDA, None)
 
 
 def test_what_is_forced_must_be_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (8, 0))
     with pytest.raises(RuntimeError, match="sm90 does not run"):
-        dispatch.choose(CUDA, "sm90")
+        backend.choose(CUDA, "sm90")
     q = torch.randn(1, 3, 1, 8)
     for forced, message in (("sm80", "needs CUDA tensors"), ("gpu", "must be cpu, sm80 or sm90")):
         monkeypatch.setenv("MINI_FLASH_ATTENTION_BACKEND", forced)
@@ -92,48 +91,37 @@ def test_swaths_are_of_nearly_one_size() -> None:
     row = config.forward("sm90", "sm_90a", "bfloat16", 128, "causal")
     for seqlen in (1, 100, 512, 4096, 65536):
         for heads in (1, 2, 15, 16, 17, 31, 100, 4096):
-            size = dispatch.swath(row.at(seqlen), problem(seqlen, heads, 128), 132)
+            size = plans.swath(row.at(seqlen), problem(seqlen, heads, 128), 132)
             swaths = -(-heads // size)
             assert 1 <= size <= min(heads, 48)
             assert size * swaths - heads < swaths  # the last one lacks less than one head for each
-
-
-class Properties(NamedTuple):
-    major: int = 9
-    minor: int = 0
-    multi_processor_count: int = 4
 
 
 class Kernel:
     """Stands in for a compiled one: checks what it is given, and computes with the oracle."""
 
     def __init__(self) -> None:
-        self.tensors: tuple[Tensor, ...] = ()
-        self.rest: tuple[Any, ...] = ()
+        self.calls: list[Forward] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
-        self.tensors, self.rest = (q, k, v), rest
-        for x in (q, k, v, out):
-            assert x.shape[3] % 8 == 0 and dispatch.ready(x)
-        scale, *_ = rest[0]
-        assert scale > 0
-        expected, expected_lse = reference.attention(q, k, v, softmax_scale=scale, dtype=torch.float32)
-        out.copy_(expected)
-        lse.copy_(expected_lse)
+    def __call__(self, call: Forward) -> None:
+        tensors = call.mQ, call.mK, call.mV, call.mO
+        if not inputs.in_place(*tensors):
+            raise ValueError("Mismatched mQ.strides[3]")
+        self.calls.append(call)
+        assert all(x.shape[3] % 8 == 0 for x in tensors)
+        assert call.score.scale > 0
+        out, lse = reference.attention(
+            call.mQ, call.mK, call.mV, softmax_scale=call.score.scale, dtype=torch.float32
+        )
+        call.mO.copy_(out)
+        call.mLSE.copy_(lse)
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch, memory_of_the_cpu: None) -> Kernel:
-    """An H100 with 4 SMs, whose memory is the CPU's."""
+def kernel(monkeypatch: pytest.MonkeyPatch, pretended_gpu: None) -> Kernel:
     kernel = Kernel()
-    monkeypatch.setattr(dispatch, "choose", lambda device, forced: "sm90")
     monkeypatch.setattr(compile, "get", lambda row: kernel)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    monkeypatch.setattr(dispatch, "tile_counter", lambda device: "a counter")
-    monkeypatch.setattr(dispatch, "unused_counter", lambda device: NO_COUNTER)
-    for name in ("not_given", "forward_plan"):
-        monkeypatch.setattr(dispatch, name, getattr(dispatch, name).__wrapped__)
+    monkeypatch.setattr(memory, "tile_counter", lambda device: "a counter")
     return kernel
 
 
@@ -150,8 +138,8 @@ def check(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> No
 def test_head_dims_are_padded_to_chunks(kernel: Kernel, head_dim: int) -> None:
     q, k, v = tensors(head_dim)
     check(kernel, q, k, v)
-    assert kernel.tensors[0].shape[3] == -(-head_dim // 8) * 8
-    assert (kernel.tensors[0] is q) == (head_dim % 8 == 0)
+    assert kernel.calls[-1].mQ.shape[3] == -(-head_dim // 8) * 8
+    assert (kernel.calls[-1].mQ is q) == (head_dim % 8 == 0)
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])
@@ -167,24 +155,35 @@ def test_only_what_cannot_be_read_in_place_is_copied(kernel: Kernel) -> None:
     shifted = torch.randn(2 * 20 * 2 * 64 + 1, dtype=torch.float16)[1:].view(2, 20, 2, 64)
     one_batch = torch.randn(1, 20, 2, 65, dtype=torch.float16)[..., :64]
     check(kernel, q, k, v)
-    assert [x.data_ptr() for x in kernel.tensors] == [x.data_ptr() for x in (q, k, v)]
+    assert [x.data_ptr() for x in kernel.calls[-1][:3]] == [x.data_ptr() for x in (q, k, v)]
     for copied in (odd_rows, every_second, shifted):
         check(kernel, copied, k, v)
-        assert kernel.tensors[0] is not copied and kernel.tensors[1] is k
+        assert kernel.calls[-1].mQ is not copied and kernel.calls[-1].mK is k
     check(kernel, one_batch, k[:1], v[:1])
+
+
+def test_a_refusal_that_a_copy_would_not_mend_is_told(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(call: Forward) -> None:
+        raise ValueError("Mismatched mO.device")
+
+    monkeypatch.setattr(compile, "get", lambda row: refusing)
+    with pytest.raises(ValueError, match="Mismatched mO.device"):
+        flash_attn_func(*tensors(64))
 
 
 def test_a_counter_is_drawn_from_only_by_more_tiles_than_sms(kernel: Kernel) -> None:
     check(kernel, *tensors(64, heads=2))  # 2 x 2 tiles, 4 SMs
-    assert kernel.rest[-1] is NO_COUNTER
+    assert kernel.calls[-1].counter is memory.unused(None)
     check(kernel, *tensors(64, heads=3))
-    assert kernel.rest[-1] == "a counter"
+    assert kernel.calls[-1].counter == "a counter"
 
 
 def test_without_keys_nothing_is_launched(kernel: Kernel) -> None:
     q, k, v = tensors(64)
     out, lse, _ = flash_attn_func(q, k[:, :0], v[:, :0], return_attn_probs=True)
-    assert not kernel.tensors and not out.any() and (lse == -torch.inf).all()
+    assert not kernel.calls and not out.any() and (lse == -torch.inf).all()
 
 
 def test_windows_become_numbers(kernel: Kernel) -> None:
@@ -197,13 +196,13 @@ def test_windows_become_numbers(kernel: Kernel) -> None:
         ((3, -1), False, (3, 20)),
     ]:
         flash_attn_func(q, k, v, window_size=window_size, causal=causal)
-        assert kernel.rest[1:3] == numbers
+        assert (kernel.calls[-1].window_left, kernel.calls[-1].window_right) == numbers
 
 
 def test_ragged_batches_are_told_by_flags(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "pays", lambda *call: False)
+    monkeypatch.setattr(plans, "decoding_pays", lambda *call: False)
     seen = []
-    kernel.__class__ = type("Recorder", (Kernel,), {"__call__": lambda self, *given: seen.append(given)})
+    monkeypatch.setattr(compile, "get", lambda row: seen.append)
     q = torch.randn(30, 4, 64, dtype=torch.float16)
     k, v = (torch.randn(50, 2, 64, dtype=torch.float16) for _ in range(2))
     pages = torch.randn(7, 16, 2, 64, dtype=torch.float16)
@@ -214,16 +213,15 @@ def test_ragged_batches_are_told_by_flags(kernel: Kernel, monkeypatch: pytest.Mo
     flash_attn_varlen_func(q, k, v, cu_q, cu_k, torch.tensor(20), 25, seqused_k=used, out=out)
     flash_attn_varlen_func(q, pages, pages, cu_q, None, 20, 25, seqused_k=used, block_table=table)
     flags, tensors = [], []
-    for q4, _, _, out4, lse4, _, _, _, ragged, *_ in seen:
-        assert q4.shape == out4.shape == (1, 30, 4, 64) and lse4.shape == (1, 4, 30)
-        *given, flag, _, added, batch, longest = ragged
-        assert (batch, longest, added) == (2, 20, 0)
-        flags.append(flag)
-        tensors.append(given)
+    for call in seen:
+        assert call.mQ.shape == call.mO.shape == (1, 30, 4, 64) and call.mLSE.shape == (1, 4, 30)
+        assert (call.ragged.batch, call.ragged.longest, call.ragged.added) == (2, 20, 0)
+        flags.append(call.ragged.given)
+        tensors.append(call.ragged[:6])
     assert flags == [0b00011, 0b00111, 0b00101]
     assert tensors[0][0] is cu_q and tensors[1][2] is used and tensors[2][5] is table
-    assert seen[1][3].data_ptr() == out.data_ptr()
-    assert seen[2][1].shape == (7, 16, 2, 64)
+    assert seen[1].mO.data_ptr() == out.data_ptr()
+    assert seen[2].mK.shape == (7, 16, 2, 64)
 
 
 @pytest.mark.parametrize(
@@ -239,21 +237,19 @@ def test_ragged_batches_are_told_by_flags(kernel: Kernel, monkeypatch: pytest.Mo
 )
 def test_pages_choose_their_loads(page_size: int, left_padded: bool, expected: tuple[str, int]) -> None:
     call = replace(problem(100, 1, 64), ragged=True, page_size=page_size, left_padded=left_padded)
-    row = dispatch.forward_config(call, "sm90", "sm_90a")
+    row = plans.forward_config(call, "sm90", "sm_90a")
     assert (row.kernel, row.page) == expected
 
 
 def test_gradients_of_packed_tensors(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "pays", lambda *call: False)
-    monkeypatch.setattr(dispatch, "backward_plan", dispatch.backward_plan.__wrapped__)
-    monkeypatch.setattr(dispatch, "gpu_arch", lambda device: "sm_90a")
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(plans, "decoding_pays", lambda *call: False)
     rows, seen = [], []
 
-    def launch(*given: object) -> None:
-        seen.append(given)
-        for x in given[9:12] if len(seen) == 2 else ():
-            x.fill_(2)
+    def launch(call: Forward | Backward) -> None:
+        seen.append(call)
+        if isinstance(call, Backward):
+            for x in (call.mdQ, call.mdK, call.mdV):
+                x.fill_(2)
 
     monkeypatch.setattr(compile, "get", lambda row: rows.append(row) or launch)
     q = torch.randn(150, 4, 59, dtype=torch.float16, requires_grad=True)
@@ -268,11 +264,13 @@ def test_gradients_of_packed_tensors(kernel: Kernel, monkeypatch: pytest.MonkeyP
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     row = rows[1]
     assert (row.score, row.ragged, row.deterministic) == ("softcap_alibi", True, True)
-    *tensors, (scale, softcap, given_slopes), has_dlse, _, _, ragged, dropout, turns, num_sms = seen[1]
-    q4, k4, _, out4, dout4, lse, _, stats, dq_acc, dq4, dk4, _ = tensors
-    assert q4.shape == out4.shape == dout4.shape == dq4.shape == (1, 150, 4, 64)
-    assert k4.shape == dk4.shape == (1, 50, 2, 64) and lse.shape == (1, 4, 150)
+    call = seen[1]
+    for x in (call.mQ, call.mO, call.mdO, call.mdQ):
+        assert x.shape == (1, 150, 4, 64)
+    assert call.mK.shape == call.mdK.shape == (1, 50, 2, 64) and call.mLSE.shape == (1, 4, 150)
     numbers = (1, 4, 150 // row.tile_m + 2 + 2)
-    assert stats.shape[:3] == dq_acc.shape[:3] == turns.shape == numbers
-    assert (scale, softcap, has_dlse, dropout, num_sms) == (0.5, 3.0, 0, None, 4)
-    assert given_slopes.shape == (2, 4) and ragged[0] is cu_q and ragged[-2:] == (2, 20)
+    assert call.mStats.shape[:3] == call.mdQacc.shape[:3] == call.mTurns.shape == numbers
+    scale, softcap, given_slopes = call.score
+    assert (scale, softcap, call.has_dlse, call.dropout, call.num_sms) == (0.5, 3.0, 0, None, 4)
+    assert given_slopes.shape == (2, 4) and call.ragged.cu_seqlens_q is cu_q
+    assert (call.ragged.batch, call.ragged.longest) == (2, 20)

@@ -1,50 +1,44 @@
-"""New keys and values go into the cache: rotary embedding and in-place append, in PyTorch operations.
+"""New keys and values go into a cache: rotary embedding and in-place append, in PyTorch operations.
 
-Runs on any device without waiting for it, because lengths and block tables stay tensors. The GPU
-takes this way where its own kernel cannot.
+Runs on any device without waiting for it, because lengths and block tables stay tensors: the way of the CPU
+backend, and of a GPU where its kernel, which copies 16 bytes at a time, can't.
 """
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention.problem import CacheUpdate, Layout, Problem
+from mini_flash_attention.problem import CacheUpdate, Inputs, Layout, Problem
 
 
-def append(
-    problem: Problem,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor | int,
-    layout: Layout,
-    update: CacheUpdate,
-) -> Tensor:
-    """Write update.k and update.v behind the keys of each sequence; new keys are rotated first.
+def append(problem: Problem, x: Inputs, update: CacheUpdate) -> Inputs:
+    """Write update.k and update.v behind the keys of each sequence in x.k and x.v, new keys rotated.
 
     A token that would lie outside the cache (beyond its capacity, in a page or a row that does not
     exist) is not written.
 
     Returns:
-        q, rotated as update says.
+        x with q rotated as update says, and with a layout whose lengths count the new keys.
     """
-    starts = lengths(problem, cache_seqlens).unsqueeze(1)
-    tokens = starts + torch.arange(update.k.shape[1], device=q.device)  # (batch, seqlen_new)
-    k = update.k
+    before = lengths(problem, x.layout)
+    starts = before.unsqueeze(1)
+    tokens = starts + torch.arange(update.added, device=x.q.device)  # (batch, seqlen_new)
+    q, k = x.q, update.k
     if update.rotary_cos is not None:
         k = rotate(k, update, tokens)
         q = rotate(q, update, query_positions(problem, starts))
     if tokens.numel() > 0 and problem.seqlen_k > 0:
-        places = destinations(problem, layout, tokens, k_cache)
-        write(k_cache, k, *places)
-        write(v_cache, update.v, *places)
-    return q
+        places = destinations(problem, x.layout, tokens, x.k)
+        write(x.k, k, *places)
+        write(x.v, update.v, *places)
+    layout = x.layout._replace(seqused_k=before + update.added, keys=None)
+    return x._replace(q=q, layout=layout)
 
 
-def lengths(problem: Problem, cache_seqlens: Tensor | int) -> Tensor:
+def lengths(problem: Problem, layout: Layout) -> Tensor:
     """The keys of each sequence before the append: (batch), int64."""
-    if isinstance(cache_seqlens, Tensor):
-        return cache_seqlens.long()
-    return torch.full((problem.batch,), int(cache_seqlens), device=problem.device)
+    if layout.seqused_k is not None:
+        return layout.seqused_k.long()
+    return torch.full((problem.batch,), layout.keys, device=problem.device)
 
 
 def query_positions(problem: Problem, starts: Tensor) -> Tensor:
@@ -53,9 +47,7 @@ def query_positions(problem: Problem, starts: Tensor) -> Tensor:
     With a window each has a position of its own. Without one all count as the next token, as in flash_attn.
     """
     offsets = torch.arange(problem.seqlen_q, device=starts.device)
-    if problem.window_left is None and problem.window_right is None:
-        offsets = torch.zeros_like(offsets)
-    return starts + offsets
+    return starts + (offsets if problem.windowed else torch.zeros_like(offsets))
 
 
 def rotate(x: Tensor, update: CacheUpdate, positions: Tensor) -> Tensor:

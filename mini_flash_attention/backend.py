@@ -1,0 +1,128 @@
+"""Which backend serves a call, and the call itself: on the CPU backend, or by a plan on the GPU."""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mini_flash_attention import cpu, environment, kv_append
+from mini_flash_attention.gpu import config, fast, plans, run
+from mini_flash_attention.problem import CacheUpdate, Inputs, Problem
+
+HERE = nullcontext()
+forced_backend = environment.reader("MINI_FLASH_ATTENTION_BACKEND")
+
+
+@functools.cache
+def choose(device: torch.device, forced: str | None) -> str:
+    """Returns "cpu", "sm80" or "sm90": what MINI_FLASH_ATTENTION_BACKEND forces, else the device's best."""
+    if forced not in (None, "", "cpu", "sm80", "sm90"):
+        raise ValueError(f"MINI_FLASH_ATTENTION_BACKEND must be cpu, sm80 or sm90, but was {forced!r}")
+    if forced == "cpu" or (device.type != "cuda" and not forced):
+        return "cpu"
+    if device.type != "cuda":
+        raise ValueError(
+            f"MINI_FLASH_ATTENTION_BACKEND={forced} needs CUDA tensors, but they are on {device}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise RuntimeError(
+            "mini-flash-attention needs a GPU of compute capability 8.0 (Ampere) or newer, but "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; "
+            "MINI_FLASH_ATTENTION_BACKEND=cpu runs on it with PyTorch operations"
+        )
+    try:
+        paths = config.paths(config.gpu_arch(capability))
+    except ValueError as error:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} is newer than this version of mini-flash-attention "
+            f"({error}); MINI_FLASH_ATTENTION_BACKEND=cpu runs on it with PyTorch operations"
+        ) from error
+    if forced and forced not in paths:
+        raise RuntimeError(f"MINI_FLASH_ATTENTION_BACKEND={forced} does not run on {device}")
+    return forced or paths[0]
+
+
+# Plans are remembered here: None is the CPU backend.
+
+
+@functools.lru_cache(maxsize=4096)
+def attention_plan(problem: Problem, num_splits: int, forced: str | None) -> run.AttentionPlan | None:
+    path = choose(problem.device, forced)
+    return None if path == "cpu" else plans.attention(problem, num_splits, path)
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_plan(problem: Problem, forced: str | None) -> plans.BackwardPlan | None:
+    path = choose(problem.device, forced)
+    return None if path == "cpu" else plans.backward(problem, path)
+
+
+@functools.lru_cache(maxsize=4096)
+def append_plan(problem: Problem, added: int, rotary: str) -> plans.AppendPlan | None:
+    """None: the GPU has no kernel for this. added: new tokens of each sequence; rotary: of config.ROTARY."""
+    nothing = 0 in (problem.batch, problem.seqlen_k, added)
+    return None if nothing or problem.head_dim % config.ELEMENTS else plans.append(problem, rotary)
+
+
+def forward(
+    problem: Problem, x: Inputs, out: Tensor | None = None, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """out, like q, and lse (batch, heads_q, seqlen_q), or (heads_q, total_q) where q is packed.
+
+    With `out` given, the result is written there. Without `with_lse` there need be no lse.
+    """
+    plan = attention_plan(problem, 0, forced_backend())
+    if plan is None:
+        return on_cpu(cpu.forward, problem, x, out)
+    with on_gpu(plan):
+        return run.forward(plan, problem, x, out, with_lse)
+
+
+def backward(
+    problem: Problem, x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, like q, k, v. out and lse: what `forward` returned; dlse: None is 0."""
+    plan = backward_plan(problem, forced_backend())
+    if plan is None:
+        return on_cpu(cpu.backward, problem, x, out, lse, dout, dlse)
+    with on_gpu(plan):
+        return run.backward(plan, problem, x, out, lse, dout, dlse)
+
+
+def with_cache(
+    problem: Problem, x: Inputs, update: CacheUpdate | None, num_splits: int, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Append to the cache in x.k and x.v, then attention to it: out, like q, and lse as in `forward`."""
+    plan = attention_plan(problem, num_splits, forced_backend())
+    if plan is None:
+        if update is not None:
+            x = on_cpu(kv_append.append, problem, x, update)
+        return on_cpu(cpu.forward, problem, x)
+    append = None
+    if update is not None:
+        rotary = "none"
+        if update.rotary_cos is not None:
+            rotary = "interleaved" if update.interleaved else "halves"
+        append = append_plan(problem, update.added, rotary)
+    with on_gpu(plan):
+        return run.with_cache(plan, append, problem, x, update, with_lse)
+
+
+def dropout_probabilities(problem: Problem, x: Inputs, lse: Tensor) -> Tensor:
+    """S_dmask, for tests: the probabilities (batch, heads_q, seqlen_q, seqlen_k), negative where dropped."""
+    return on_cpu(cpu.dropout_probabilities, problem, x, lse)
+
+
+def on_cpu(function: Callable[..., Any], problem: Problem, *arguments: Any) -> Any:
+    """Without autocast, which would cast what the PyTorch operations compute."""
+    with torch.autocast(problem.device.type, enabled=False):
+        return function(problem, *arguments)
+
+
+def on_gpu(plan: Any) -> AbstractContextManager:
+    """The plan's device is the current one, on which kernels run and memory is allocated."""
+    return HERE if fast.current_device() == plan.device else torch.cuda.device(plan.device)

@@ -1,0 +1,194 @@
+"""A call on the GPU: plans meet tensors. Each function runs with the plan's device as the current one."""
+
+import torch
+from torch import Tensor
+
+from mini_flash_attention import kv_append
+from mini_flash_attention.gpu import fast, inputs
+from mini_flash_attention.gpu.plans import AppendPlan, BackwardPlan, DecodePlan, ForwardPlan
+from mini_flash_attention.kernels.calls import Backward, Ragged, record
+from mini_flash_attention.problem import CacheUpdate, Inputs, Problem
+
+AttentionPlan = ForwardPlan | DecodePlan
+
+
+def forward(
+    plan: AttentionPlan, problem: Problem, x: Inputs, out: Tensor | None, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """backend.forward. Rows of q that are in no sequence have no result."""
+    ragged = None if x.layout is None else inputs.ragged(problem, x.layout)
+    return attend(plan, problem, x, ragged, out, with_lse)
+
+
+def with_cache(
+    plan: AttentionPlan,
+    append_plan: AppendPlan | None,
+    problem: Problem,
+    x: Inputs,
+    update: CacheUpdate | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """backend.with_cache. append_plan: None where the kernel cannot append."""
+    ragged = inputs.ragged(problem, x.layout, 0 if update is None else update.added)
+    if update is not None:
+        x = append(append_plan, problem, x, update, ragged)
+    return attend(plan, problem, x, ragged, None, with_lse)
+
+
+def attend(
+    plan: AttentionPlan,
+    problem: Problem,
+    x: Inputs,
+    ragged: Ragged | None,
+    out: Tensor | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Without a copy where the kernel takes what the caller has, else from what it can read."""
+    if plan.results.direct and out is None:
+        try:
+            return launch(plan, problem, x, ragged, None, with_lse)
+        except ValueError:
+            if inputs.in_place(x.q, x.k, x.v):
+                raise  # it was refused for another reason
+    x, result = as_batches(problem, x), out
+    if problem.packed_q and out is not None:
+        result = out.unsqueeze(0)
+    if plan.launch is None:
+        done, lse = nothing(x.q)
+    else:
+        q, k, v = inputs.readable(problem, inputs.signed(x.q, plan.results.sign), x.k, x.v)
+        usable = result is not None and plan.results.whole and inputs.in_place(result)
+        x = record(Inputs, (q, k, v, *x[3:]))
+        done, lse = launch(plan, problem, x, ragged, result if usable else None, with_lse)
+        if not plan.results.whole:
+            done = done[..., : problem.head_dim].contiguous()
+    if result is not None and done is not result:
+        result.copy_(done)
+    if problem.packed_q and with_lse:
+        lse = lse.squeeze(0)
+    if out is not None:
+        return out, lse
+    return done.squeeze(0) if problem.packed_q else done, lse
+
+
+def as_batches(problem: Problem, x: Inputs) -> Inputs:
+    """Packed tensors as batches of one, which is how kernels take them."""
+    q, k, v = x[:3]
+    if problem.packed_q:
+        q = q.unsqueeze(0)
+    if problem.packed_k:
+        k, v = k.unsqueeze(0), v.unsqueeze(0)
+    return record(Inputs, (q, k, v, *x[3:]))
+
+
+def launch(
+    plan: AttentionPlan,
+    problem: Problem,
+    x: Inputs,
+    ragged: Ragged | None,
+    out: Tensor | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The kernel, into `out` if given. ValueError: it cannot read a tensor; it has done nothing then."""
+    q, k, v, alibi_slopes, seed, _ = x
+    like_q, like_lse, lse, *_ = plan.results
+    if out is None:
+        out = empty_like(q, like_q)
+    if with_lse or lse is None:
+        lse = fast.allocate(*like_lse)
+    score = plan.score
+    if alibi_slopes is not None:
+        score = inputs.with_slopes(score, alibi_slopes, problem.batch)
+    plan.launch(plan.call((q, k, v, out, lse), score, ragged, seed))
+    return out, lse if with_lse else None
+
+
+def empty_like(x: Tensor, contiguous: fast.Like) -> Tensor:
+    """torch.empty_like; contiguous: what x is like, if it is contiguous."""
+    return fast.allocate(*contiguous) if x.is_contiguous() else torch.empty_like(x)
+
+
+def nothing(q: Tensor) -> tuple[Tensor, Tensor]:
+    """No keys (or no queries): out 0, LSE -inf."""
+    batch, seqlen_q, heads, _ = q.shape
+    lse = q.new_full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float32)
+    return torch.zeros_like(q), lse
+
+
+def backward(
+    plan: BackwardPlan,
+    problem: Problem,
+    x: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """backend.backward."""
+    if plan.launch is None:
+        return torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
+    x = as_batches(problem, x)
+    if problem.packed_q:
+        out, lse, dout = out.unsqueeze(0), lse.unsqueeze(0), dout.unsqueeze(0)
+        dlse = None if dlse is None else dlse.unsqueeze(0)
+    q = inputs.signed(x.q, plan.sign)
+    *qkv, out, dout = inputs.readable(problem, q, x.k, x.v, out, dout)
+    rows = out, lse, dout, dlse
+    dq, dk, dv = launch_backward(plan, problem, record(Inputs, (*qkv, *x[3:])), rows)
+    dq = inputs.signed(dq, plan.sign)
+    if problem.packed_q:
+        dq = dq.squeeze(0)
+    if problem.packed_k:
+        dk, dv = dk.squeeze(0), dv.squeeze(0)
+    return tuple(dx[..., : problem.head_dim] for dx in (dq, dk, dv))
+
+
+def launch_backward(
+    plan: BackwardPlan, problem: Problem, x: Inputs, rows: tuple[Tensor, Tensor, Tensor, Tensor | None]
+) -> list[Tensor]:
+    """The kernels, on tensors that they can read. rows: out, lse, dout, dlse."""
+    out, lse, dout, dlse = rows
+    score = plan.score
+    if x.alibi_slopes is not None:
+        score = inputs.with_slopes(score, x.alibi_slopes, problem.batch)
+    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:3]]
+    stats, dq_acc = (lse.new_empty(shape) for shape in plan.workspace[:2])
+    turns = lse.new_empty(plan.workspace.turns, dtype=torch.int32)
+    left, right = plan.window
+    call = Backward(
+        *x[:3],
+        out,
+        dout,
+        lse,
+        lse if dlse is None else dlse.contiguous(),
+        stats,
+        dq_acc,
+        *gradients,
+        score,
+        int(dlse is not None),
+        left,
+        right,
+        None if x.layout is None else inputs.ragged(problem, x.layout),
+        inputs.dropout(x.seed, plan.dropout_p) if plan.dropout_p else None,
+        turns,
+        plan.num_sms,
+    )
+    plan.launch(call)
+    return gradients
+
+
+def append(
+    plan: AppendPlan | None, problem: Problem, x: Inputs, update: CacheUpdate, ragged: Ragged
+) -> Inputs:
+    """kv_append.append, by a kernel if that can copy all in place. Of the result, only q counts."""
+    if plan is not None:
+        out = None if update.rotary_cos is None else empty_like(x.q, plan.q)
+        try:
+            plan.launch(plan.call(x.q, out, x.k, x.v, update, ragged))
+        except ValueError:
+            rotated = () if out is None else (x.q, out)
+            if inputs.in_place(update.k, update.v, x.k, x.v, *rotated):  # refused for another reason
+                raise
+        else:
+            return x if out is None else x._replace(q=out)
+    return kv_append.append(problem, x, update)
