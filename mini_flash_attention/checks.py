@@ -30,6 +30,11 @@ Facts = tuple[torch.Size, torch.dtype, torch.device]  # of a tensor
 _switch = environment.reader("MINI_FLASH_ATTENTION_CHECK")
 
 
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    if not condition:
+        raise error(message)
+
+
 # Tensors
 
 
@@ -47,39 +52,35 @@ def not_a_tensor(**arguments: object) -> str:
 
 def rank(name: str, shape: torch.Size, dims: str) -> None:
     rank = dims.count(",") + 1
-    if len(shape) != rank:
-        raise ValueError(f"{name} must have {rank} dimensions ({dims}), but its shape is {tuple(shape)}")
+    message = f"{name} must have {rank} dimensions ({dims}), but its shape is {tuple(shape)}"
+    require(len(shape) == rank, message)
 
 
 def sizes(name: str, shape: torch.Size, dims: str, sizes: tuple[int | None, ...]) -> None:
     """The shape is `sizes`; a size of None may be any."""
-    if len(shape) != len(sizes) or any(n not in (size, None) for size, n in zip(shape, sizes, strict=True)):
-        wanted = ", ".join("*" if n is None else str(n) for n in sizes)
-        raise ValueError(f"{name} must have shape ({dims}) = ({wanted}), not {tuple(shape)}")
+    fits = len(shape) == len(sizes) and all(map(lambda size, n: n in (size, None), shape, sizes))
+    wanted = ", ".join("*" if n is None else str(n) for n in sizes)
+    require(fits, f"{name} must have shape ({dims}) = ({wanted}), not {tuple(shape)}")
 
 
 def heads(q: torch.Size, k: torch.Size, v: torch.Size, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
     """The last two dimensions, heads and head_dim, of q, k and v fit each other."""
     name_q, name_k, name_v = names
     every = f"{name_q}, {name_k} and {name_v}"
-    if k != v:
-        raise ValueError(
-            f"{name_k} and {name_v} must have one shape, "
-            f"but {name_k} is {tuple(k)} and {name_v} is {tuple(v)}"
-        )
-    if q[-1] != k[-1]:
-        raise ValueError(f"{every} must have one head_dim, but {name_q} has {q[-1]} and {name_k} has {k[-1]}")
-    if not 1 <= q[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim of {every} must be in 1 to {MAX_HEAD_DIM}, not {q[-1]}")
-    if k[-2] == 0 or q[-2] == 0 or q[-2] % k[-2]:
-        raise ValueError(
-            f"the heads of {name_q} ({q[-2]}) must be a multiple of the heads of {name_k} ({k[-2]})"
-        )
+    one_shape(name_k, k, name_v, v)
+    (heads_q, head_dim), (heads_k, head_dim_k) = q[-2:], k[-2:]
+    unlike = f"but {name_q} has {head_dim} and {name_k} has {head_dim_k}"
+    require(head_dim == head_dim_k, f"{every} must have one head_dim, {unlike}")
+    range_of = f"head_dim of {every} must be in 1 to {MAX_HEAD_DIM}, not {head_dim}"
+    require(1 <= head_dim <= MAX_HEAD_DIM, range_of)
+    multiple = heads_q > 0 and heads_k > 0 and heads_q % heads_k == 0
+    message = f"the heads of {name_q} ({heads_q}) must be a multiple of the heads of {name_k} ({heads_k})"
+    require(multiple, message)
 
 
-def same_batch(batch_q: int, batch_k: int) -> None:
-    if batch_q != batch_k:
-        raise ValueError(f"q, k and v must have one batch size, but q has {batch_q} and k has {batch_k}")
+def one_shape(name_k: str, k: torch.Size, name_v: str, v: torch.Size) -> None:
+    shapes = f"{name_k} is {tuple(k)} and {name_v} is {tuple(v)}"
+    require(k == v, f"{name_k} and {name_v} must have one shape, but {shapes}")
 
 
 def dtypes_and_devices(
@@ -89,13 +90,11 @@ def dtypes_and_devices(
 ) -> None:
     every = "{}, {} and {}"
     for what, values in (("dtype", dtypes), ("device", devices)):
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"{every.format(*names)} must have one {what}, but they have {every.format(*values)}"
-            )
-    if dtypes[0] not in DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"{every.format(*names)} must be one of {allowed}, not {dtypes[0]}")
+        message = f"{every.format(*names)} must have one {what}, but they have {every.format(*values)}"
+        require(len(set(values)) == 1, message)
+    allowed = ", ".join(str(dtype) for dtype in DTYPES)
+    message = f"{every.format(*names)} must be one of {allowed}, not {dtypes[0]}"
+    require(dtypes[0] in DTYPES, message, TypeError)
 
 
 def index(
@@ -105,54 +104,15 @@ def index(
     if x is None:
         return
     shape, dtype, its_device = x
-    if dtype != torch.int32:
-        raise TypeError(f"{name} must be torch.int32, not {dtype}")
-    if its_device != device:
-        raise ValueError(f"{name} is on {its_device}, but q is on {device}")
+    require(dtype == torch.int32, f"{name} must be torch.int32, not {dtype}", TypeError)
+    require(its_device == device, f"{name} is on {its_device}, but q is on {device}")
     rank(name, shape, dims)
     if wanted is not None:
         sizes(name, shape, dims, wanted)
 
 
-def batch_of(cu_seqlens_q: Facts, device: torch.device) -> int:
-    index("cu_seqlens_q", cu_seqlens_q, device, "batch + 1")
-    if cu_seqlens_q[0][0] == 0:
-        raise ValueError("cu_seqlens_q must have batch + 1 elements, not none")
-    return cu_seqlens_q[0][0] - 1
-
-
-def some_lengths(cu_seqlens_k: Facts | None, seqused_k: Facts | None) -> None:
-    if cu_seqlens_k is None and seqused_k is None:
-        raise ValueError("cu_seqlens_k or seqused_k must be given: the lengths of the sequences of keys")
-
-
-def rows_of_batch(rows: int, batch: int) -> None:
-    if rows != batch:
-        raise ValueError(f"k and v must have the batch size of cu_seqlens_q, {batch}, not {rows}")
-
-
-def enough_rows(name: str, rows: int, needed: int, batch: int) -> None:
-    """A cache, or a block table, has a row for each sequence."""
-    if rows < needed:
-        raise ValueError(f"{name} must have at least {needed} rows for {batch} sequences, not {rows}")
-
-
-def page_size(name: str, pages: torch.Size) -> int:
-    if pages[0] == 0 or pages[1] == 0:
-        raise ValueError(f"{name} must have at least one page of at least one token, not {tuple(pages)}")
-    return pages[1]
-
-
-def out_like_q(out: Facts | None, q: Facts) -> None:
-    if out not in (None, q):
-        raise ValueError(
-            f"out must be like q, {tuple(q[0])} {q[1]} on {q[2]}, but is {tuple(out[0])} {out[1]} on {out[2]}"
-        )
-
-
 def like_q(name: str, x: Facts, q: tuple[torch.dtype, torch.device]) -> None:
-    if x[1:] != q:
-        raise ValueError(f"{name} must be {q[0]} on {q[1]}, as q is, not {x[1]} on {x[2]}")
+    require(x[1:] == q, f"{name} must be {q[0]} on {q[1]}, as q is, not {x[1]} on {x[2]}")
 
 
 def new_keys(
@@ -163,17 +123,15 @@ def new_keys(
     cache_seqlens: object,
 ) -> None:
     """What is to be appended to a cache."""
-    if (k is None) != (v is None):
-        raise ValueError("k and v must be given together")
+    require((k is None) == (v is None), "k and v must be given together")
     if k is None:
         return
     for name, x in (("k", k), ("v", v)):
         sizes(name, x[0], "batch, seqlen_new, heads_k, head_dim", wanted)
         like_q(name, x, q)
-    if k[0] != v[0]:
-        raise ValueError(f"k and v must have one shape, but k is {tuple(k[0])} and v is {tuple(v[0])}")
-    if cache_seqlens is None:
-        raise ValueError("cache_seqlens must be given with k and v: where in the cache they go")
+    one_shape("k", k[0], "v", v[0])
+    message = "cache_seqlens must be given with k and v: where in the cache they go"
+    require(cache_seqlens is not None, message)
 
 
 def rotary(
@@ -183,34 +141,29 @@ def rotary(
     q: tuple[torch.dtype, torch.device],
     head_dim: int,
 ) -> None:
-    if (cos is None) != (sin is None):
-        raise ValueError("rotary_cos and rotary_sin must be given together")
+    tables = "rotary_cos and rotary_sin"
+    require((cos is None) == (sin is None), f"{tables} must be given together")
     if cos is None:
         return
-    if k is None:
-        raise ValueError("rotary_cos and rotary_sin need k and v: keys are rotated when they are written")
+    require(k is not None, f"{tables} need k and v: keys are rotated when they are written")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         rank(name, x[0], "seqlen_ro, rotary_dim / 2")
         like_q(name, x, q)
-    if cos[0] != sin[0]:
-        raise ValueError(
-            "rotary_cos and rotary_sin must have one shape, "
-            f"but they have {tuple(cos[0])} and {tuple(sin[0])}"
-        )
-    if cos[0][0] == 0:
-        raise ValueError("rotary_cos and rotary_sin must have at least one row")
+    shapes = f"{tuple(cos[0])} and {tuple(sin[0])}"
+    require(cos[0] == sin[0], f"{tables} must have one shape, but they have {shapes}")
+    require(cos[0][0] > 0, f"{tables} must have at least one row")
     rotary_dim = 2 * cos[0][1]
-    if rotary_dim % 16 or not 0 < rotary_dim <= head_dim:
-        raise ValueError(
-            f"rotary_cos and rotary_sin must have shape (seqlen_ro, rotary_dim / 2) with a rotary_dim that "
-            f"is a multiple of 16 and at most head_dim, {head_dim}, not {rotary_dim}"
-        )
+    message = (
+        f"{tables} must have shape (seqlen_ro, rotary_dim / 2) with a rotary_dim that is a multiple "
+        f"of 16 and at most head_dim, {head_dim}, not {rotary_dim}"
+    )
+    require(rotary_dim % 16 == 0 and 0 < rotary_dim <= head_dim, message)
 
 
 def facts_of_alibi(alibi_slopes: Tensor) -> Facts:
     found = facts("alibi_slopes", alibi_slopes)
-    if alibi_slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes gets no gradient: pass alibi_slopes.detach()")
+    learned = alibi_slopes.requires_grad and torch.is_grad_enabled()
+    require(not learned, "alibi_slopes gets no gradient: pass alibi_slopes.detach()")
     return found
 
 
@@ -218,15 +171,11 @@ def alibi(slopes: Facts | None, batch: int, heads: int, device: torch.device) ->
     if slopes is None:
         return
     shape, dtype, its_device = slopes
-    if shape not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"alibi_slopes must have shape (heads,) = ({heads},) or (batch, heads) = "
-            f"({batch}, {heads}), not {tuple(shape)}"
-        )
-    if dtype != torch.float32:
-        raise TypeError(f"alibi_slopes must be torch.float32, not {dtype}")
-    if its_device != device:
-        raise ValueError(f"alibi_slopes is on {its_device}, but q, k and v are on {device}")
+    allowed = f"(heads,) = ({heads},) or (batch, heads) = ({batch}, {heads})"
+    message = f"alibi_slopes must have shape {allowed}, not {tuple(shape)}"
+    require(shape in ((heads,), (batch, heads)), message)
+    require(dtype == torch.float32, f"alibi_slopes must be torch.float32, not {dtype}", TypeError)
+    require(its_device == device, f"alibi_slopes is on {its_device}, but q, k and v are on {device}")
 
 
 def no_gradient(what: str, *tensors: Tensor | None) -> None:
@@ -244,8 +193,8 @@ def packed(name: str, x: Tensor, dims: str) -> int:
     facts(name, x)
     names = dims.split(", ")
     place = len(names) - 3
-    if x.ndim != len(names) or x.shape[place] != int(names[place]):
-        raise ValueError(f"{name} must have shape ({dims}), not {tuple(x.shape)}")
+    fits = x.ndim == len(names) and x.shape[place] == int(names[place])
+    require(fits, f"{name} must have shape ({dims}), not {tuple(x.shape)}")
     return place
 
 
@@ -257,10 +206,9 @@ def pair(window_size: object) -> Sequence[int | None]:
     if window_size is None:
         return None, None
     two = window_size.tolist() if hasattr(window_size, "tolist") else window_size
-    if not isinstance(two, (tuple, list)):
-        raise TypeError(f"window_size must be a pair of ints, not {type(window_size).__name__}")
-    if len(two) != 2:
-        raise ValueError(f"window_size must have two elements (left, right), not {len(two)}")
+    message = f"window_size must be a pair of ints, not {type(window_size).__name__}"
+    require(isinstance(two, (tuple, list)), message, TypeError)
+    require(len(two) == 2, f"window_size must have two elements (left, right), not {len(two)}")
     return two
 
 
@@ -268,8 +216,8 @@ def limit(side: str, value: int | None) -> int | None:
     """One side of the window; None is no limit, as is any negative number."""
     if value is None:
         return None
-    if not isinstance(value, Integral):
-        raise TypeError(f"window_size must be a pair of ints (or None: no limit), but {side} is {value!r}")
+    message = f"window_size must be a pair of ints (or None: no limit), but {side} is {value!r}"
+    require(isinstance(value, Integral), message, TypeError)
     return int(value) if value >= 0 else None
 
 
@@ -278,35 +226,35 @@ def max_seqlen(name: str, value: int | Tensor) -> int | None:
     if type(value) is int and value >= 0:
         return value
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_floating_point() or value.is_complex():
-            raise TypeError(f"{name} must be an int or an integer tensor of one element")
+        one_int = value.numel() == 1 and not value.is_floating_point() and not value.is_complex()
+        require(one_int, f"{name} must be an int or an integer tensor of one element", TypeError)
         if value.device.type != "cpu":
             return None
         value = value.item()
-    if not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, but is {value}")
+    integer(name, value)
+    require(value >= 0, f"{name} must not be negative, but is {value}")
     return int(value)
+
+
+def integer(name: str, value: int) -> None:
+    require(isinstance(value, Integral), f"{name} must be an int, not {type(value).__name__}", TypeError)
 
 
 def number(name: str, value: float, compute: torch.dtype) -> float:
     """A number that is finite in the dtype of the computation."""
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    require(isinstance(value, Real), f"{name} must be a number, not {type(value).__name__}", TypeError)
     try:
         result = float(value)
     except OverflowError:
         result = math.inf if value > 0 else -math.inf
-    if not abs(result) <= torch.finfo(compute).max:  # nan is not, either
-        raise ValueError(f"{name} must be finite in {compute}, not {result}")
+    finite = abs(result) <= torch.finfo(compute).max  # nan is not, either
+    require(finite, f"{name} must be finite in {compute}, not {result}")
     return result
 
 
 def probability(name: str, value: float, compute: torch.dtype) -> float:
     p = number(name, value, compute)
-    if not 0 <= p < 1:
-        raise ValueError(f"{name} must be in [0, 1), not {p}")
+    require(0 <= p < 1, f"{name} must be in [0, 1), not {p}")
     return p
 
 
@@ -314,33 +262,28 @@ def flag(name: str, value: bool) -> bool:
     # Not just bool(value): an array's or a tensor's may be ambiguous, or change under the cache.
     kind = type(value)
     numpy_bool = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")  # NumPy 2, 1
-    if not (numpy_bool or isinstance(value, Integral)):
-        raise TypeError(f"{name} must be a bool, 0 or 1, not {kind.__name__}")
-    if value not in (0, 1):
-        raise ValueError(f"{name} must be a bool, 0 or 1, and no other int")
+    is_one = numpy_bool or isinstance(value, Integral)
+    require(is_one, f"{name} must be a bool, 0 or 1, not {kind.__name__}", TypeError)
+    require(value in (0, 1), f"{name} must be a bool, 0 or 1, and no other int")
     return bool(value)
 
 
 def splits(num_splits: int) -> None:
-    if not isinstance(num_splits, Integral):
-        raise TypeError(f"num_splits must be an int, not {type(num_splits).__name__}")
-    if not 0 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits must be in 0 (automatic) to {MAX_SPLITS}, not {num_splits}")
+    integer("num_splits", num_splits)
+    message = f"num_splits must be in 0 (automatic) to {MAX_SPLITS}, not {num_splits}"
+    require(0 <= num_splits <= MAX_SPLITS, message)
 
 
 def length(problem: "Problem", before: int, update: "CacheUpdate | None") -> None:
     """A cache length that the host knows, with the new keys that go behind it."""
-    added = 0 if update is None else update.added
-    if before < 0 or before + added > problem.seqlen_k:
+    added, capacity = 0 if update is None else update.added, problem.seqlen_k
+    if not 0 <= before <= capacity - added:
         plus = f" + {added} new keys" if added else ""
-        raise ValueError(f"cache_seqlens{plus} must be in 0 to {problem.seqlen_k}, not {before}{plus}")
+        raise ValueError(f"cache_seqlens{plus} must be in 0 to {capacity}, not {before}{plus}")
     if update is not None and update.rotary_cos is not None:
-        needed = before + positions(problem, update)
-        if needed > len(update.rotary_cos):
-            raise ValueError(
-                f"rotary_cos must have at least {needed} rows, cache_seqlens + the new tokens, "
-                f"not {len(update.rotary_cos)}"
-            )
+        needed, rows = before + positions(problem, update), len(update.rotary_cos)
+        needs = f"at least {needed} rows, cache_seqlens + the new tokens, not {rows}"
+        require(rows >= needed, f"rotary_cos must have {needs}")
 
 
 def positions(problem: "Problem", update: "CacheUpdate") -> int:
@@ -405,34 +348,29 @@ def values_of_cache(
         there = len(update.rotary_cos)
         for b, length in enumerate(before):
             needed = length + positions(problem, update)
-            if needed > there:
-                raise ValueError(f"rotary_cos has {there} rows, but sequence {b} needs {needed}")
+            require(needed <= there, f"rotary_cos has {there} rows, but sequence {b} needs {needed}")
 
 
 def _lengths(name: str, starts: list[int], total: int | None) -> list[int]:
     """The lengths that cumulative ones give; total: the tokens there are."""
-    if starts[0] != 0:
-        raise ValueError(f"{name} must start at 0, not {starts[0]}")
-    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-    for b, length in enumerate(lengths):
-        if length < 0:
-            raise ValueError(f"{name}: sequence {b} ends at {starts[b + 1]}, before its start at {starts[b]}")
-        if total is not None and starts[b + 1] > total:
-            raise ValueError(f"{name}: sequence {b} ends at {starts[b + 1]}, but there are {total} tokens")
-    return lengths
+    require(starts[0] == 0, f"{name} must start at 0, not {starts[0]}")
+    for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        ends = f"{name}: sequence {b} ends at {end}"
+        require(start <= end, f"{ends}, before its start at {start}")
+        require(total is None or end <= total, f"{ends}, but there are {total} tokens")
+    return [end - start for start, end in zip(starts, starts[1:], strict=False)]
 
 
 def _check_longest(name: str, name_longest: str, lengths: list[int], longest: int | Tensor) -> None:
     longest = int(longest)
     for b, length in enumerate(lengths):
-        if length > longest:
-            raise ValueError(f"{name}: sequence {b} has {length} tokens, but {name_longest} is {longest}")
+        message = f"{name}: sequence {b} has {length} tokens, but {name_longest} is {longest}"
+        require(length <= longest, message)
 
 
 def _check_range(name: str, values: list[int], largest: list[int]) -> None:
     for b, (value, limit) in enumerate(zip(values, largest, strict=True)):
-        if not 0 <= value <= limit:
-            raise ValueError(f"{name} of sequence {b} must be in 0 to {limit}, not {value}")
+        require(0 <= value <= limit, f"{name} of sequence {b} must be in 0 to {limit}, not {value}")
 
 
 def _check_pages(
@@ -448,8 +386,5 @@ def _check_pages(
     for b, (row, start, end) in enumerate(zip(rows, starts, ends, strict=True)):
         first, last = start // problem.page_size, -(-end // problem.page_size)
         for i, page in enumerate(table[row][first:last], first):
-            if not 0 <= page < num_pages:
-                raise ValueError(
-                    f"block_table[{row}, {i}], a page of sequence {b}, must be in 0 to {num_pages - 1}, "
-                    f"not {page}"
-                )
+            entry = f"block_table[{row}, {i}], a page of sequence {b}"
+            require(0 <= page < num_pages, f"{entry}, must be in 0 to {num_pages - 1}, not {page}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import checks
-from mini_flash_attention.checks import Facts
+from mini_flash_attention.checks import Facts, require
 from mini_flash_attention.kernels.calls import record
 
 
@@ -262,7 +262,8 @@ def _dense(tensors: tuple, *options: object) -> Problem:
         checks.rank(name, shape, "batch, seqlen, heads, head_dim")
     checks.heads(*shapes)
     (batch, seqlen_q, heads_q, head_dim), (batch_k, seqlen_k, heads_k, _) = shapes[:2]
-    checks.same_batch(batch, batch_k)
+    unlike = f"but q has {batch} and k has {batch_k}"
+    require(batch == batch_k, f"q, k and v must have one batch size, {unlike}")
     checks.dtypes_and_devices(dtypes, devices)
     facts = Problem(dtypes[0], devices[0], batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, 1.0)
     return _with_options(replace(facts, max_seqlen_q=seqlen_q), alibi, *options)
@@ -274,7 +275,8 @@ def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object) -> Probl
     q, k, _ = shapes
     device = devices[0]
     checks.rank("q", q, "total_q, heads, head_dim")
-    checks.some_lengths(cu_seqlens_k, seqused_k)
+    some = cu_seqlens_k is not None or seqused_k is not None
+    require(some, "cu_seqlens_k or seqused_k must be given: the lengths of the sequences of keys")
     packed_k = block_table is None and cu_seqlens_k is not None
     dims = "total_k, heads_k, head_dim" if packed_k else "batch, capacity, heads_k, head_dim"
     if block_table is not None:
@@ -283,16 +285,21 @@ def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object) -> Probl
         checks.rank(name, shape, dims)
     checks.heads(*shapes)
     checks.dtypes_and_devices(dtypes, devices)
-    batch = checks.batch_of(cu_seqlens_q, device)
+    checks.index("cu_seqlens_q", cu_seqlens_q, device, "batch + 1")
+    batch = cu_seqlens_q[0][0] - 1
+    require(batch >= 0, "cu_seqlens_q must have batch + 1 elements, not none")
     checks.index("cu_seqlens_k", cu_seqlens_k, device, "batch + 1", (batch + 1,))
     checks.index("seqused_k", seqused_k, device, "batch", (batch,))
     checks.index("block_table", block_table, device, "batch, max_pages", (batch, None))
-    if block_table is None and not packed_k:
-        checks.rows_of_batch(k[0], batch)
-    checks.out_like_q(out, (q, dtypes[0], device))
+    one_row_each = block_table is not None or packed_k or k[0] == batch
+    require(one_row_each, f"k and v must have the batch size of cu_seqlens_q, {batch}, not {k[0]}")
+    if out is not None:
+        shape, *rest = out
+        like_q = f"{tuple(q)} {dtypes[0]} on {device}, but is {tuple(shape)} {rest[0]} on {rest[1]}"
+        require(out == (q, dtypes[0], device), f"out must be like q, {like_q}")
     page_size, seqlen_k = 0, k[0 if packed_k else 1]
     if block_table is not None:
-        page_size, seqlen_k = checks.page_size("k", k), block_table[0][1] * k[1]
+        page_size, seqlen_k = _page_size("k", k), block_table[0][1] * k[1]
     facts = Problem(dtypes[0], device, batch, q[0], seqlen_k, q[1], k[-2], q[2], 1.0)
     facts = replace(
         facts,
@@ -326,10 +333,11 @@ def _cache(tensors: tuple, interleaved: bool, num_splits: int, *options: object)
     page_size, capacity, rows = 0, k_cache[1], k_cache[0]
     if block_table is not None:
         checks.index("block_table", block_table, devices[0], "batch, max_pages", (None, None))
-        page_size, rows = checks.page_size("k_cache", k_cache), block_table[0][0]
+        page_size, rows = _page_size("k_cache", k_cache), block_table[0][0]
         capacity = page_size * block_table[0][1]
     needed = batch if cache_batch_idx is None else min(batch, 1)
-    checks.enough_rows("k_cache" if block_table is None else "block_table", rows, needed, batch)
+    name = "k_cache" if block_table is None else "block_table"
+    require(rows >= needed, f"{name} must have at least {needed} rows for {batch} sequences, not {rows}")
     checks.rotary(rotary_cos, rotary_sin, k, like_q, q[3])
     checks.flag("rotary_interleaved", interleaved)
     checks.splits(num_splits)
@@ -341,6 +349,12 @@ def _cache(tensors: tuple, interleaved: bool, num_splits: int, *options: object)
     # A window decides at which positions several queries are rotated, even where it hides no key.
     keep_window = rotary_cos is not None and q[1] > 1
     return _with_options(facts, alibi, *options, keep_window=keep_window)
+
+
+def _page_size(name: str, pages: torch.Size) -> int:
+    some = pages[0] > 0 and pages[1] > 0
+    require(some, f"{name} must have at least one page of at least one token, not {tuple(pages)}")
+    return pages[1]
 
 
 def _with_options(

@@ -12,6 +12,19 @@ from mini_flash_attention.gpu import config, fast, memory
 UNUSED = torch.zeros(2, dtype=torch.int32)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "every test, with every kernel compiled for every architecture; without: in 3 minutes on 2 cores"
+    parser.addoption("--full", action="store_true", help=help)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --full, tests marked so are left out; --full shows which test runs, as some take minutes."""
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch.empty and its kin return with NaN, so that no code reads it unnoticed."""

@@ -70,17 +70,27 @@ def label(row: KernelConfig) -> str:
 
 
 @pytest.fixture(scope="session")
-def all_compiled() -> None:
-    """Fills the cache, in parallel. A kernel that fails here fails again in its own test."""
-    try:
-        compile.precompile(CONFIGS)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
+def compiled(request: pytest.FixtureRequest) -> None:
+    """Fills the cache for this run's tests, in parallel. A kernel that fails here fails again in its test."""
+    tests = (item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ()))
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():  # show the progress
+        print()
+        try:
+            compile.precompile([test.callspec.params["row"] for test in tests])
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
 
 
-@pytest.mark.timeout(3600)  # the first of these compiles all kernels
-@pytest.mark.parametrize("row", CONFIGS, ids=label)
-def test_every_kernel_compiles_without_a_stack(row: KernelConfig, all_compiled: None) -> None:
+def one_of_each_kernel(rows: list[KernelConfig]) -> list[object]:
+    """The first row of each kernel for every run, the others for --full."""
+    first = {row.kernel: row for row in reversed(rows)}
+    return [pytest.param(row, marks=() if row is first[row.kernel] else pytest.mark.full) for row in rows]
+
+
+@pytest.mark.timeout(5400)  # the first of these compiles all kernels
+@pytest.mark.parametrize("row", one_of_each_kernel(CONFIGS), ids=label)
+def test_every_kernel_compiles_without_a_stack(row: KernelConfig, compiled: None) -> None:
     kernels = [kernel for kernel in resources(compile.library(row)) if kernel.registers]
     variants = len(row.variants) if row.kernel == "forward.sm90" else KERNELS[row.kernel]
     assert len(kernels) == variants
