@@ -20,13 +20,13 @@ from mini_flash_attention.kernels.parts.blocks import packed_blocks
 class Workspace(NamedTuple):
     """Shapes of what a backward pass needs beside its results; nothing need be in them at the start."""
 
-    stats: tuple[int, ...]  # float32: what bwd_delta.py finds out about the rows
+    stats: tuple[int, ...]  # float32: what backward/delta.py finds out about the rows
     dq_acc: tuple[int, ...]  # float32: the sum of dQ, tile by tile
     turns: tuple[int, ...]  # int32: who may add to a tile of dq_acc, if deterministic; else drawn tiles
 
 
 def workspace(row: "BackwardConfig", batch: int, heads_q: int, seqlen_q: int) -> Workspace:
-    """For q of this size; ragged: of `batch` sequences in seqlen_q rows (kernels/bwd_schedule.py)."""
+    """For q of this size; ragged: of `batch` sequences in seqlen_q rows (kernels/backward/schedule.py)."""
     blocks = batch, heads_q, -(-seqlen_q // row.tile_m)
     if row.ragged:
         blocks = 1, heads_q, packed_blocks(seqlen_q, row.tile_m, batch)
@@ -36,12 +36,11 @@ def workspace(row: "BackwardConfig", batch: int, heads_q: int, seqlen_q: int) ->
 
 @dataclass(frozen=True)
 class BackwardSm90:
-    """Every static fact of one bwd_sm90 kernel; its repr is part of the cache key."""
+    """Every static fact of one backward.sm90 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "backward.sm90"
     stack: ClassVar[int] = 0
     page: ClassVar[int] = 0
-    dq_swizzled: ClassVar[bool] = True  # see bwd_convert.offset
     pdl: ClassVar[bool] = True  # each kernel starts while the one before it ends
     arch: str
     dtype: str
@@ -56,9 +55,9 @@ class BackwardSm90:
     registers: tuple[int, int, int] = (208, 72, 24)  # of a consumer, dQ and load thread
     dq_transposed: bool = False  # dQᵀ = Kᵀ·dSᵀ, Kᵀ in registers: wgmma reads dS alone from shared memory
     persistent: bool = False  # a thread block stays on its SM; the next keys are loaded while it works
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
-    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
-    dropout: bool = False  # kernels/dropout.py
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
+    dropout: bool = False  # kernels/parts/dropout.py
 
     @property
     def factored(self) -> bool:
@@ -129,7 +128,7 @@ def backward_sm90(
 
 @dataclass(frozen=True)
 class BackwardSm80:
-    """Every static fact of one bwd_sm80 kernel; its repr is part of the cache key."""
+    """Every static fact of one backward.sm80 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "backward.sm80"
     page: ClassVar[int] = 0
@@ -142,9 +141,9 @@ class BackwardSm80:
     tile_n: int  # keys of a thread block: 16 or 32 for each pair of warps
     warps: int
     warps_m: int  # so many of them share out the queries of dQ, the others its columns
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
-    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
-    dropout: bool = False  # kernels/dropout.py
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
+    dropout: bool = False  # kernels/parts/dropout.py
 
     @property
     def pdl(self) -> bool:
@@ -158,7 +157,7 @@ class BackwardSm80:
 
     @property
     def block_numbers(self) -> int:
-        """Those that say what a thread block works on: bwd_schedule.Block."""
+        """Those that say what a thread block works on: backward/schedule.Block."""
         return 13 if self.ragged else 5
 
     @property

@@ -27,7 +27,7 @@ class Decode:
     chunk: int  # keys that a warp works on at a time
     slots: int  # chunks of K and V in shared memory, one of them not in flight
     pdl: bool  # each kernel is launched before the one in front of it is done, to wait for it: SM90 on
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
     page: int = 0  # 1: k and v are pages, of any size
 
     @property
@@ -131,7 +131,7 @@ ROTARY = ("none", "interleaved", "halves")
 
 @dataclass(frozen=True)
 class KvAppend:
-    """Every static fact of one kv_append kernel; its repr is part of the cache key."""
+    """Every static fact of one decode.append kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "decode.append"
     stack: ClassVar[int] = 0

@@ -16,7 +16,7 @@ from mini_flash_attention.gpu.config.common import (
 
 @dataclass(frozen=True)
 class ForwardSm80:
-    """Every static fact of one fwd_sm80 kernel; its repr is part of the cache key."""
+    """Every static fact of one forward.sm80 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "forward.sm80"
     arch: str
@@ -26,10 +26,10 @@ class ForwardSm80:
     tile_m: int  # query rows of a thread block
     tile_n: int  # keys of a block
     warps: int
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
-    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # 1: k and v are pages, of any size
-    dropout: bool = False  # kernels/dropout.py
+    dropout: bool = False  # kernels/parts/dropout.py
 
     def at(self, seqlen_q: int) -> "ForwardSm80":
         return self
@@ -52,7 +52,7 @@ class ForwardSm80:
 
 @dataclass(frozen=True)
 class ForwardSm90:
-    """Every static fact of one fwd_sm90 kernel; its repr is part of the cache key."""
+    """Every static fact of one forward.sm90 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "forward.sm90"
     stack: ClassVar[int] = 0
@@ -66,10 +66,10 @@ class ForwardSm90:
     q_stages: int = 2  # 2: the next tile's Q comes, and its first S, under this tile's last P·V
     q_regs: bool = False  # Q in registers: less shared memory traffic, head_dim / 4 more registers
     ordered: bool = True  # the warpgroups take turns to issue their products
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/scores.py
-    ragged: bool = False  # sequences have lengths of their own: kernels/seqlen.py
+    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # what divides a page of k and v: one of SM90_PAGES; 0: no pages
-    dropout: bool = False  # kernels/dropout.py
+    dropout: bool = False  # kernels/parts/dropout.py
     short: "ForwardSm90 | None" = None  # other tiles, in the same library, up to short_seqlen queries
     short_seqlen: int = 0
 

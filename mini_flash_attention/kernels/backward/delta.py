@@ -13,56 +13,52 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from mini_flash_attention.kernels.backward.schedule import query_block
-from mini_flash_attention.kernels.calls import Ragged, Score
+from mini_flash_attention.kernels.backward.schedule import find_query_block
+from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.scores import LOG2_E
 
 THREADS = 256
 
 
+@cute.jit
+def launch(call: Backward, config: cutlass.Constexpr, stream):
+    batch, heads, m_blocks, _ = call.mdQacc.shape
+    seed_factor = Float32(LOG2_E)
+    if const_expr(config.score == "plain"):  # a seed of Q·Kᵀ, before the softmax scale
+        seed_factor = Float32(1.0) / call.score.scale  # here: a division in a kernel is a call
+    kernel(config, call, seed_factor).launch(
+        grid=(m_blocks * heads * batch, 1, 1), block=(THREADS, 1, 1), stream=stream
+    )
+
+
 @cute.kernel
-def kernel(
-    config: cutlass.Constexpr,
-    mO: cute.Tensor,
-    mdO: cute.Tensor,
-    mLSE: cute.Tensor,
-    mdLSE: cute.Tensor,
-    mStats: cute.Tensor,
-    mdQacc: cute.Tensor,
-    mTurns: cute.Tensor,
-    ragged: Ragged | None,
-    seed_factor: Float32,
-    has_dlse: Int32,
-):
+def kernel(config: cutlass.Constexpr, call: Backward, seed_factor: Float32):
     """A thread block for each query block; a row is read by `lanes` neighbouring threads, 16 bytes each."""
-    block, _, _ = cute.arch.block_idx()
     tidx, _, _ = cute.arch.thread_idx()
-    m_blocks, heads = mStats.shape[2], mStats.shape[1]
-    m_block, head, batch = block % m_blocks, block // m_blocks % heads, block // (m_blocks * heads)
-    first, left = query_block(config, ragged, mO.shape[1], m_block)
+    batch, head, number, first, left = find_query_block(config, call)
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_launch_dependents()  # the main kernel may start: it waits for this one
     if const_expr(config.deterministic):
         if tidx == 0:
-            mTurns[batch, head, m_block] = Int32(0)
-    elif block + tidx == 0:
-        mTurns[0, 0, 0] = Int32(0)
+            call.mTurns[batch, head, number] = Int32(0)
+    elif cute.arch.block_idx()[0] + tidx == 0:
+        call.mTurns[0, 0, 0] = Int32(0)
 
     zeros = cute.make_rmem_tensor(4, Float32)
     zeros.fill(0.0)
-    acc = mdQacc[batch, head, m_block, None]  # (tile_m * d)
+    acc = call.mdQacc[batch, head, number, None]  # (tile_m * d)
     for i in cutlass.range_constexpr(config.tile_m * config.head_dim // (4 * THREADS)):
         cute.autovec_copy(zeros, cute.local_tile(acc, (4,), (i * THREADS + tidx,)))
 
     lanes = 1 << (config.head_dim // 8 - 1).bit_length()
     chunk = tidx % lanes  # of 8 columns
-    gO, gdO = mO[batch, None, head, None], mdO[batch, None, head, None]  # (sq, D)
+    gO, gdO = call.mO[batch, None, head, None], call.mdO[batch, None, head, None]  # (sq, D)
     for i in cutlass.range_constexpr(config.tile_m * lanes // THREADS):
         r = (i * THREADS + tidx) // lanes
         row = first + r
         delta, seed = Float32(0.0), -Float32.inf
         if r < left and 8 * chunk < gO.shape[1]:
-            rO, rdO = (cute.make_rmem_tensor(8, mO.element_type) for _ in range(2))
+            rO, rdO = (cute.make_rmem_tensor(8, gO.element_type) for _ in range(2))
             cute.autovec_copy(cute.local_tile(gO[row, None], (8,), (chunk,)), rO)
             cute.autovec_copy(cute.local_tile(gdO[row, None], (8,), (chunk,)), rdO)
             product = rO.load().to(Float32) * rdO.load().to(Float32)
@@ -70,36 +66,13 @@ def kernel(
         delta = cute.arch.warp_reduction_sum(delta, threads_in_group=lanes)
         if chunk == 0:
             if r < left:
-                lse = mLSE[batch, head, row]
-                if has_dlse != 0:
-                    delta -= mdLSE[batch, head, row]
+                lse = call.mLSE[batch, head, row]
+                if call.has_dlse != 0:
+                    delta -= call.mdLSE[batch, head, row]
                 if lse != -Float32.inf:
                     seed = -lse * seed_factor
-            mStats[batch, head, m_block, 0, r] = seed
-            mStats[batch, head, m_block, 1, r] = Float32(0.0) if seed == -Float32.inf else -delta
+            call.mStats[batch, head, number, 0, r] = seed
+            call.mStats[batch, head, number, 1, r] = Float32(0.0) if seed == -Float32.inf else -delta
 
 
 kernel.set_name_prefix("mfa_bwd_delta", remove_cutlass_symbol=True)
-
-
-@cute.jit
-def launch(
-    config: cutlass.Constexpr,
-    mO: cute.Tensor,
-    mdO: cute.Tensor,
-    mLSE: cute.Tensor,
-    mdLSE: cute.Tensor,
-    mStats: cute.Tensor,
-    mdQacc: cute.Tensor,
-    mTurns: cute.Tensor,
-    score: Score,
-    ragged: Ragged | None,
-    has_dlse: Int32,
-    stream,
-):
-    batch, heads, m_blocks = mStats.shape[0], mStats.shape[1], mStats.shape[2]
-    # Plain: a seed of Q·Kᵀ, before the softmax scale. Here: a division in a kernel is a call.
-    seed_factor = Float32(1.0) / score.scale if const_expr(config.score == "plain") else Float32(LOG2_E)
-    kernel(config, mO, mdO, mLSE, mdLSE, mStats, mdQacc, mTurns, ragged, seed_factor, has_dlse).launch(
-        grid=(m_blocks * heads * batch, 1, 1), block=(THREADS, 1, 1), stream=stream
-    )

@@ -1,8 +1,7 @@
 """Appending to a KV cache: new keys and values go behind those of each sequence; rotary embedding.
 
-Rotary embedding (Su et al. 2021, arXiv 2104.09864) turns the new keys and the queries. k_new and v_new
-(b, sn, hk, d), k and v (rows, sk, hk, d) or pages (num_blocks, page_size, hk, d), q and q_out (b, sq, h, d),
-cos and sin (positions, rotary_dim / 2); float16 or bfloat16. A thread moves 16 bytes.
+Rotary embedding (Su et al. 2021, arXiv 2104.09864) turns the new keys and the queries. A thread moves 16
+bytes.
 """
 
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from mini_flash_attention.kernels.parts.fragments import convert
 from mini_flash_attention.kernels.parts.seqlen import clamp
 
 THREADS = 128
+K, V, Q = range(3)  # what a thread block moves
 
 
 class Vector(NamedTuple):
@@ -29,25 +29,78 @@ class Vector(NamedTuple):
     piece: Int32
 
 
-def vector(i: Int32, mX: cute.Tensor) -> Vector:
-    _, seqlen, heads, head_dim = mX.shape
-    pieces = head_dim // ELEMENTS
-    row, piece = i // pieces, i % pieces
-    token, head = row // heads, row % heads
-    return Vector(token // seqlen, token % seqlen, head, piece)
+@cute.jit
+def launch(call: Append, config: cutlass.Constexpr, stream):
+    """Without rotary embedding q stays where it is."""
+    most, kinds = vectors(call.mK_new), 2
+    if const_expr(call.rotary is not None):
+        most, kinds = cutlass.max(most, vectors(call.mQ)), 3
+    page_size = cute.fast_divmod_create_divisor_v2(call.mK.shape[1]) if const_expr(config.page) else None
+    kernel(config, call, page_size).launch(
+        grid=(cute.ceil_div(most, THREADS), kinds, 1),
+        block=(THREADS, 1, 1),
+        stream=stream,
+        use_pdl=config.pdl,
+    )
 
 
-def vectors(mX: cute.Tensor) -> Int32:
-    batch, seqlen, heads, head_dim = mX.shape
-    return batch * seqlen * heads * (head_dim // ELEMENTS)
+def fake_call(config) -> Append:
+    return arguments.append(config)
+
+
+@cute.kernel
+def kernel(config: cutlass.Constexpr, call: Append, page_size: cute.FastDivmodDivisorV2 | None):
+    if const_expr(config.pdl):
+        cute.arch.griddepcontrol_launch_dependents()  # the next kernel's thread blocks may come, and wait
+        cute.arch.griddepcontrol_wait()  # all that is read is there, all that is overwritten has been read
+    tidx, _, _ = cute.arch.thread_idx()
+    block, kind, _ = cute.arch.block_idx()
+    i = block * THREADS + tidx
+    if kind == K:
+        append(config, call, page_size, K, i)
+    elif kind == V:
+        append(config, call, page_size, V, i)
+    else:
+        if const_expr(call.rotary is not None):
+            rotate_Q(config, call, i)
+
+
+kernel.set_name_prefix("mfa_kv_append", remove_cutlass_symbol=True)
 
 
 @cute.jit
-def load(gX: cute.Tensor, piece: Int32, count: cutlass.Constexpr):
-    """`count` adjacent elements in float32."""
-    x = cute.make_rmem_tensor(count, gX.element_type)
-    cute.autovec_copy(cute.local_tile(gX, (count,), (piece,)), x)
-    return x.load().to(Float32)
+def append(
+    config: cutlass.Constexpr,
+    call: Append,
+    page_size: cute.FastDivmodDivisorV2 | None,
+    kind: cutlass.Constexpr,
+    i: Int32,
+):
+    """Vector i of the new keys or values goes to its place in the cache; keys are rotated."""
+    mNew, mX = (call.mK_new, call.mK) if const_expr(kind == K) else (call.mV_new, call.mV)
+    if i < vectors(mNew):
+        v = vector(i, mNew)
+        token = seqlen_before(call.ragged, v.batch) + v.token
+        gNew = mNew[v.batch, v.token, v.head, None]  # (d)
+        x = cute.make_rmem_tensor(ELEMENTS, mNew.element_type)
+        if const_expr(kind == K and call.rotary is not None):
+            x = rotate(config, gNew, v.piece, call.rotary, token)
+        else:
+            cute.autovec_copy(cute.local_tile(gNew, (ELEMENTS,), (v.piece,)), x)
+        row, offset, exists = place(config, call.ragged, mX, page_size, v.batch, token)
+        if exists:
+            cute.autovec_copy(x, cute.local_tile(mX[row, offset, v.head, None], (ELEMENTS,), (v.piece,)))
+
+
+@cute.jit
+def rotate_Q(config: cutlass.Constexpr, call: Append, i: Int32):
+    """Vector i of q, rotated, goes to q_out."""
+    if i < vectors(call.mQ):
+        v = vector(i, call.mQ)
+        position = seqlen_before(call.ragged, v.batch) + v.token * call.advance
+        x = rotate(config, call.mQ[v.batch, v.token, v.head, None], v.piece, call.rotary, position)
+        gOut = call.mQ_out[v.batch, v.token, v.head, None]  # (d)
+        cute.autovec_copy(x, cute.local_tile(gOut, (ELEMENTS,), (v.piece,)))
 
 
 @cute.jit
@@ -78,12 +131,11 @@ def rotate(config: cutlass.Constexpr, gX: cute.Tensor, piece: Int32, rotary: Rot
 
 
 @cute.jit
-def seqlen_before(ragged: Ragged, b: Int32):
-    """The keys of sequence b before the append, left padding included: the new ones' first place."""
-    seqlen = ragged.keys
-    if ragged.given & SEQUSED_K:
-        seqlen = ragged.seqused_k[b]
-    return seqlen
+def load(gX: cute.Tensor, piece: Int32, count: cutlass.Constexpr):
+    """`count` adjacent elements in float32."""
+    x = cute.make_rmem_tensor(count, gX.element_type)
+    cute.autovec_copy(cute.local_tile(gX, (count,), (piece,)), x)
+    return x.load().to(Float32)
 
 
 @cute.jit
@@ -114,108 +166,23 @@ def place(
 
 
 @cute.jit
-def append(
-    config: cutlass.Constexpr,
-    ragged: Ragged,
-    page_size: cute.FastDivmodDivisorV2 | None,
-    mNew: cute.Tensor,
-    mX: cute.Tensor,
-    rotary: Rotary | None,
-    i: Int32,
-):
-    """Vector i of mNew goes to its place in mX."""
-    if i < vectors(mNew):
-        v = vector(i, mNew)
-        token = seqlen_before(ragged, v.batch) + v.token
-        gNew = mNew[v.batch, v.token, v.head, None]  # (d)
-        x = cute.make_rmem_tensor(ELEMENTS, mNew.element_type)
-        if const_expr(rotary is None):
-            cute.autovec_copy(cute.local_tile(gNew, (ELEMENTS,), (v.piece,)), x)
-        else:
-            x = rotate(config, gNew, v.piece, rotary, token)
-        row, offset, exists = place(config, ragged, mX, page_size, v.batch, token)
-        if exists:
-            cute.autovec_copy(x, cute.local_tile(mX[row, offset, v.head, None], (ELEMENTS,), (v.piece,)))
+def seqlen_before(ragged: Ragged, b: Int32):
+    """The keys of sequence b before the append, left padding included: the new ones' first place."""
+    seqlen = ragged.keys
+    if ragged.given & SEQUSED_K:
+        seqlen = ragged.seqused_k[b]
+    return seqlen
 
 
-@cute.jit
-def rotate_Q(
-    config: cutlass.Constexpr,
-    ragged: Ragged,
-    mQ: cute.Tensor,
-    mQ_out: cute.Tensor,
-    rotary: Rotary,
-    advance: Int32,
-    i: Int32,
-):
-    if i < vectors(mQ):
-        v = vector(i, mQ)
-        position = seqlen_before(ragged, v.batch) + v.token * advance
-        x = rotate(config, mQ[v.batch, v.token, v.head, None], v.piece, rotary, position)
-        cute.autovec_copy(x, cute.local_tile(mQ_out[v.batch, v.token, v.head, None], (ELEMENTS,), (v.piece,)))
+def vector(i: Int32, mX: cute.Tensor) -> Vector:
+    _, seqlen, heads, head_dim = mX.shape
+    pieces = head_dim // ELEMENTS
+    row, piece = i // pieces, i % pieces
+    token, head = row // heads, row % heads
+    return Vector(token // seqlen, token % seqlen, head, piece)
 
 
-@cute.kernel
-def kernel(
-    config: cutlass.Constexpr,
-    ragged: Ragged,
-    page_size: cute.FastDivmodDivisorV2 | None,
-    mK_new: cute.Tensor,
-    mV_new: cute.Tensor,
-    mK: cute.Tensor,
-    mV: cute.Tensor,
-    mQ: cute.Tensor | None,
-    mQ_out: cute.Tensor | None,
-    rotary: Rotary | None,
-    advance: Int32,
-):
-    if const_expr(config.pdl):
-        cute.arch.griddepcontrol_launch_dependents()  # the next kernel's blocks may come, and wait
-        cute.arch.griddepcontrol_wait()  # all that is read is there
-    tidx, _, _ = cute.arch.thread_idx()
-    block, kind, _ = cute.arch.block_idx()
-    i = block * THREADS + tidx
-    if kind == 0:
-        append(config, ragged, page_size, mK_new, mK, rotary, i)
-    elif kind == 1:
-        append(config, ragged, page_size, mV_new, mV, None, i)
-    else:
-        if const_expr(rotary is not None):
-            rotate_Q(config, ragged, mQ, mQ_out, rotary, advance, i)
-
-
-kernel.set_name_prefix("mfa_kv_append", remove_cutlass_symbol=True)
-
-
-@cute.jit
-def launch(call: Append, config: cutlass.Constexpr, stream):
-    """The tensors are as in the module's first lines; without rotary embedding, mQ, mQ_out, rotary are None.
-
-    advance: 1 if query i is rotated to the position of new key i, 0 if all are to that of the first one.
-    """
-    mK_new, mV_new, mK, mV, mQ, mQ_out, rotary, advance, ragged = call
-    most, kinds = vectors(mK_new), 2
-    if const_expr(rotary is not None):
-        most, kinds = cutlass.max(most, vectors(mQ)), 3
-    kernel(
-        config,
-        ragged,
-        cute.fast_divmod_create_divisor_v2(mK.shape[1]) if const_expr(config.page) else None,
-        mK_new,
-        mV_new,
-        mK,
-        mV,
-        mQ,
-        mQ_out,
-        rotary,
-        advance,
-    ).launch(
-        grid=(cute.ceil_div(most, THREADS), kinds, 1),
-        block=(THREADS, 1, 1),
-        stream=stream,
-        use_pdl=config.pdl,
-    )
-
-
-def fake_call(config) -> Append:
-    return arguments.append(config)
+def vectors(mX: cute.Tensor) -> Int32:
+    """How many 16 bytes a tensor has."""
+    batch, seqlen, heads, head_dim = mX.shape
+    return batch * seqlen * heads * (head_dim // ELEMENTS)

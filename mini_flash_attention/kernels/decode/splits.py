@@ -6,9 +6,11 @@ group. A tile's keys are divided into splits, each for a thread block of its own
 
 from mini_flash_attention.kernels.parts.blocks import ceil_div, key_blocks, larger, smaller, unmasked_blocks
 
+MAX_SPLITS = 128  # combine.py keeps the log-sum-exps of a row's splits in the registers of a warp
+
 
 def visible_blocks(first_row, rows, group, tile_n, seqlen_q, seqlen_k, window_left, window_right):
-    """(first, last, free_first, free_last): blocks.key_blocks and unmasked_blocks of packed rows.
+    """(first, last, free_first, free_end): blocks.key_blocks and unmasked_blocks of packed rows.
 
     The rows are [first_row, first_row + rows), of which those from seqlen_q * group on are none.
     """

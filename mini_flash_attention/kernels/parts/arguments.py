@@ -8,16 +8,10 @@ from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from mini_flash_attention.gpu.config import ELEMENTS
-from mini_flash_attention.kernels.calls import (
-    Append,
-    Backward,
-    Decode,
-    Dropout,
-    Forward,
-    Ragged,
-    Rotary,
-    Score,
-)
+from mini_flash_attention.kernels import calls
+from mini_flash_attention.kernels.calls import Dropout, Ragged, Rotary, Score
+
+NUMBER = Int32(1)  # any int32
 
 
 def element_type(config) -> type:
@@ -30,47 +24,50 @@ def attention_tensor(dtype: type, batch, seqlen, heads, head_dim) -> cute.Tensor
     return make_fake_tensor(dtype, (batch, seqlen, heads, head_dim), stride=strides, assumed_align=16)
 
 
-def forward(config) -> Forward:
-    """Of forward/sm80.py and forward/sm90.py."""
-    tensors = attention(config)
-    numbers = (
-        score(config),
-        Int32(1),
-        Int32(1),
-        ragged() if config.ragged else None,
-        dropout(config),
-        Int32(1),
-    )
-    persistent = (Int32(1), counters()) if config.kernel == "forward.sm90" else (None, None)
-    return Forward(*tensors, *numbers, *persistent)
-
-
-def backward(config) -> Backward:
-    """Of backward/sm80.py and backward/sm90.py."""
+def attention(config, queries: int, keys: int, rows: int) -> list[cute.Tensor]:
+    """As many tensors in the shape of q, of k, and of lse, of one call."""
     dtype = element_type(config)
-    batch, seqlen_q, seqlen_k, heads_q, heads_k, m_blocks = (cute.sym_int() for _ in range(6))
+    batch, seqlen_q, seqlen_k, heads_q, heads_k = (cute.sym_int() for _ in range(5))
     head_dim = cute.sym_int(divisibility=ELEMENTS)
     batch_k = cute.sym_int() if config.ragged else batch
-    q, o, do, dq = (attention_tensor(dtype, batch, seqlen_q, heads_q, head_dim) for _ in range(4))
-    k, v, dk, dv = (attention_tensor(dtype, batch_k, seqlen_k, heads_k, head_dim) for _ in range(4))
-    rows, order = (batch, heads_q, seqlen_q), (2, 1, 0)
-    lse, dlse = (make_fake_compact_tensor(Float32, rows, stride_order=order) for _ in range(2))
-    stats = blocks((batch, heads_q, m_blocks), 2, config.tile_m)
-    dq_acc = blocks((batch, heads_q, m_blocks), config.tile_m * config.head_dim)
-    turns = make_fake_compact_tensor(Int32, tuple(cute.sym_int() for _ in range(3)), stride_order=order)
+    shape_q, shape_k = (batch, seqlen_q, heads_q, head_dim), (batch_k, seqlen_k, heads_k, head_dim)
+    tensors = [attention_tensor(dtype, *shape) for shape in (shape_q,) * queries + (shape_k,) * keys]
+    shape = batch, heads_q, seqlen_q
+    return tensors + [make_fake_compact_tensor(Float32, shape, stride_order=(2, 1, 0)) for _ in range(rows)]
+
+
+def forward(config) -> calls.Forward:
+    """Of forward/sm80.py and forward/sm90.py."""
+    q, o, k, v, lse = attention(config, 2, 2, 1)
+    ragged = fake_ragged() if config.ragged else None
+    persistent = (NUMBER, counters()) if config.kernel == "forward.sm90" else ()
+    numbers = fake_score(config), NUMBER, NUMBER, ragged, fake_dropout(config), NUMBER
+    return calls.Forward(q, k, v, o, lse, *numbers, *persistent)
+
+
+def backward(config) -> calls.Backward:
+    """Of backward/sm80.py and backward/sm90.py."""
+    q, o, do, dq, k, v, dk, dv, lse, dlse = attention(config, 4, 4, 2)
+    batch, _, heads, _ = q.shape
+    m_blocks = cute.sym_int()
+    stats = blocks((batch, heads, m_blocks), 2, config.tile_m)
+    dq_acc = blocks((batch, heads, m_blocks), config.tile_m * config.head_dim)
+    turns = make_fake_compact_tensor(Int32, tuple(cute.sym_int() for _ in range(3)), stride_order=(2, 1, 0))
     tensors = q, k, v, o, do, lse, dlse, stats, dq_acc, dq, dk, dv
-    numbers = score(config), Int32(1), Int32(1), Int32(1), ragged() if config.ragged else None
-    num_sms = Int32(1) if config.kernel == "backward.sm90" else None
-    return Backward(*tensors, *numbers, dropout(config), turns, num_sms)
+    ragged = fake_ragged() if config.ragged else None
+    numbers = fake_score(config), NUMBER, NUMBER, NUMBER, ragged, fake_dropout(config)
+    persistent = (NUMBER,) if config.kernel == "backward.sm90" else ()
+    return calls.Backward(*tensors, *numbers, turns, *persistent)
 
 
-def decode(config) -> Decode:
+def decode(config) -> calls.Decode:
     """Of decode/attend.py."""
-    numbers = score(config), Int32(1), Int32(1), ragged(), Int32(1), Int32(1)
-    return Decode(*attention(config), workspace(), *numbers, counters())
+    q, o, k, v, lse = attention(config, 2, 2, 1)
+    numbers = fake_score(config), NUMBER, NUMBER, fake_ragged(), NUMBER, NUMBER
+    return calls.Decode(q, k, v, o, lse, workspace(), *numbers, counters())
 
 
-def append(config) -> Append:
+def append(config) -> calls.Append:
     """Of decode/append.py."""
     dtype = element_type(config)
     batch, rows, seqlen_new, seqlen_q, seqlen_k, heads_q, heads_k = (cute.sym_int() for _ in range(7))
@@ -80,20 +77,8 @@ def append(config) -> Append:
     q, q_out, rotary = None, None, None
     if config.rotary != "none":
         q, q_out = (attention_tensor(dtype, batch, seqlen_q, heads_q, head_dim) for _ in range(2))
-        rotary = Rotary(*rotary_tables(dtype))
-    return Append(*new, *cache, q, q_out, rotary, Int32(1), ragged())
-
-
-def attention(config) -> tuple[cute.Tensor, ...]:
-    """q, k, v, o and lse."""
-    dtype = element_type(config)
-    batch, seqlen_q, seqlen_k, heads_q, heads_k = (cute.sym_int() for _ in range(5))
-    head_dim = cute.sym_int(divisibility=ELEMENTS)
-    batch_k = cute.sym_int() if config.ragged else batch
-    q, o = (attention_tensor(dtype, batch, seqlen_q, heads_q, head_dim) for _ in range(2))
-    k, v = (attention_tensor(dtype, batch_k, seqlen_k, heads_k, head_dim) for _ in range(2))
-    lse = make_fake_compact_tensor(Float32, (batch, heads_q, seqlen_q), stride_order=(2, 1, 0))
-    return q, k, v, o, lse
+        rotary = rotary_tables(dtype)
+    return calls.Append(*new, *cache, q, q_out, rotary, NUMBER, fake_ragged())
 
 
 def blocks(count: tuple, *block: int) -> cute.Tensor:
@@ -103,7 +88,7 @@ def blocks(count: tuple, *block: int) -> cute.Tensor:
     return make_fake_tensor(Float32, (*count, *block), stride=(batch, head, *inner), assumed_align=16)
 
 
-def score(config) -> Score:
+def fake_score(config) -> Score:
     softcap = Float32(1) if "softcap" in config.score else None
     slopes = None
     if "alibi" in config.score:
@@ -112,25 +97,25 @@ def score(config) -> Score:
     return Score(Float32(1), softcap, slopes)
 
 
-def dropout(config) -> Dropout | None:
-    return Dropout(Int32(1), Int32(1), Int32(1), Float32(1)) if config.dropout else None
+def fake_dropout(config) -> Dropout | None:
+    return Dropout(NUMBER, NUMBER, NUMBER, Float32(1)) if config.dropout else None
 
 
-def ragged() -> Ragged:
+def fake_ragged() -> Ragged:
     def numbers(*stride) -> cute.Tensor:
         shape = tuple(cute.sym_int() for _ in stride)
         return make_fake_tensor(Int32, shape, stride=stride, assumed_align=4)
 
     of_sequences = (numbers(1) for _ in range(5))
     block_table = numbers(cute.sym_int64(), 1)
-    return Ragged(*of_sequences, block_table, *(Int32(1) for _ in range(5)))
+    return Ragged(*of_sequences, block_table, *(NUMBER,) * 5)
 
 
-def rotary_tables(dtype: type) -> tuple[cute.Tensor, cute.Tensor]:
-    """cos and sin: (positions, rotary_dim / 2)."""
+def rotary_tables(dtype: type) -> Rotary:
+    """(positions, rotary_dim / 2) each."""
     shape = cute.sym_int(), cute.sym_int(divisibility=ELEMENTS)
     strides = cute.sym_int64(divisibility=ELEMENTS), 1
-    return tuple(make_fake_tensor(dtype, shape, stride=strides, assumed_align=16) for _ in range(2))
+    return Rotary(*(make_fake_tensor(dtype, shape, stride=strides, assumed_align=16) for _ in range(2)))
 
 
 def workspace() -> cute.Tensor:

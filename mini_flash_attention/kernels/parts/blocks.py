@@ -4,6 +4,17 @@ Row i may see key j when -window_left <= j - (i + seqlen_k - seqlen_q) <= window
 limit. Ranges are half-open, (first, last) with first <= last.
 """
 
+from typing import NamedTuple
+
+
+class Walk(NamedTuple):
+    """How a query block walks its key blocks: down from start to first."""
+
+    start: int
+    free_end: int  # blocks in [free_first, free_end) need no mask, the others do
+    free_first: int
+    first: int
+
 
 def smaller(a, b):
     if isinstance(a, int) and isinstance(b, int):
@@ -58,9 +69,8 @@ def query_blocks(n_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, windo
 
 
 def walk(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
-    """How query block m_block walks its key blocks: (start, free_end, free_first, first).
+    """The walk of query block m_block.
 
-    It goes from start down to first. Blocks in [free_first, free_end) need no mask, the others do.
     Where no row sees a key, the one block start is visited all the same, masked; with a left limit
     start is always masked.
     """
@@ -71,11 +81,11 @@ def walk(m_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right)
     if window_left is not None:
         free_end = smaller(free_end, start)
         free_first = smaller(free_first, free_end)
-    return start, free_end, free_first, first
+    return Walk(start, free_end, free_first, first)
 
 
 def walk_of_part(m_block, parts, part, most, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):
-    """walk of one of the equal parts of query block m_block, as (start, free_end, free_first, first).
+    """The walk of one of the equal parts of query block m_block.
 
     It may start up to `most` key blocks later than the whole one; first is the whole one's.
     """
@@ -83,7 +93,7 @@ def walk_of_part(m_block, parts, part, most, tile_m, tile_n, seqlen_q, seqlen_k,
     block_start, _, _, first = walk(m_block, tile_m, *rest)
     start, free_end, free_first, _ = walk(m_block * parts + part, tile_m // parts, *rest)
     start = larger(start, larger(block_start - most, smaller(block_start, first)))
-    return start, free_end, free_first, first
+    return Walk(start, free_end, free_first, first)
 
 
 def unmasked_queries(n_block, tile_m, tile_n, seqlen_q, seqlen_k, window_left, window_right):

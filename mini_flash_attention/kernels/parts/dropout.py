@@ -69,9 +69,10 @@ def mark(dropout: Dropout, P: cute.Tensor, rows: tuple, key: Int32, batch_head: 
 
 @cute.jit
 def mark_transposed(dropout: Dropout, P: cute.Tensor, keys: tuple, query: Int32, batch_head: Int32):
-    """The same in a tile of (keys, queries). The whole warp must call it.
+    """P <- -P where dropped, in a tile of (keys, queries). The whole warp must call it.
 
-    keys: the thread's first row of every 16. query: its first column.
+    P: as in `mark`. keys: the thread's first row of every 16. query: its first column. batch_head: batch *
+    heads_q + head.
     """
     pairs = rows_cols(cute.recast_tensor(P, Int32))
     odd = keys[0] & 1

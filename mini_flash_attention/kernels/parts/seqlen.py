@@ -7,15 +7,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from mini_flash_attention.kernels.calls import (
-    BATCH_IDX,
-    CU_SEQLENS_K,
-    CU_SEQLENS_Q,
-    LEFTPAD_K,
-    SEQUSED_K,
-    Ragged,
-)
-from mini_flash_attention.kernels.parts.blocks import walk, walk_of_part
+from mini_flash_attention.kernels import calls
+from mini_flash_attention.kernels.calls import Backward, Forward, Ragged
+from mini_flash_attention.kernels.parts.blocks import Walk, walk, walk_of_part
 
 
 @dataclass(frozen=True)
@@ -34,41 +28,35 @@ class Sizes:
         right = self.window_right if mask != "full" else None
         return left, right
 
-    def walk(self, config, m_block: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-        """blocks.walk of query block m_block: (start, free_end, free_first, first)."""
-        tile, window = (config.tile_m, config.tile_n), self.window(config.mask)
-        return walk(m_block, *tile, self.seqlen_q, self.seqlen_k, *window)
+    def for_blocks(self, config) -> tuple:
+        """What blocks.py takes beside the number of a block."""
+        return config.tile_m, config.tile_n, self.seqlen_q, self.seqlen_k, *self.window(config.mask)
 
-    def walk_of_wg(self, config, m_block: Int32, wg: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-        """The same for the rows of a warpgroup: blocks.walk_of_part.
+    def walk(self, config, m_block: Int32) -> Walk:
+        """blocks.walk of query block m_block."""
+        return walk(m_block, *self.for_blocks(config))
+
+    def walk_of_wg(self, config, m_block: Int32, wg: Int32) -> Walk:
+        """blocks.walk_of_part of the rows of a warpgroup.
 
         A later start than this would wait for slots that other warpgroups hold, which may wait for this one.
         """
-        tile, window = (config.tile_m, config.tile_n), self.window(config.mask)
-        part = config.wgs, wg, config.stages - 1
-        return walk_of_part(m_block, *part, *tile, self.seqlen_q, self.seqlen_k, *window)
+        return walk_of_part(m_block, config.wgs, wg, config.stages - 1, *self.for_blocks(config))
 
     def of(self, seqlen_q: Int32, seqlen_k: Int32) -> "Sizes":
         """Those of one sequence of a ragged batch."""
         return replace(self, seqlen_q=seqlen_q, seqlen_k=seqlen_k, batch=Int32(1))
 
 
-def sizes_of(
-    config,
-    mQ: cute.Tensor,
-    mK: cute.Tensor,
-    window_left: Int32,
-    window_right: Int32,
-    ragged: Ragged | None,
-) -> Sizes:
+def sizes_of(config, call: Forward | Backward) -> Sizes:
     """The sizes of a call; ragged: seqlen_q is q's second mode, seqlen_k the tokens of a storage row."""
-    batch, seqlen_q, heads, _ = mQ.shape
-    _, seqlen_k, heads_k, _ = mK.shape
-    if ragged is not None:
-        batch = ragged.batch
+    batch, seqlen_q, heads, _ = call.mQ.shape
+    _, seqlen_k, heads_k, _ = call.mK.shape
+    if call.ragged is not None:
+        batch = call.ragged.batch
         if config.page:
-            seqlen_k = seqlen_k * ragged.block_table.shape[1]
-    return Sizes(seqlen_q, seqlen_k, heads, batch, heads // heads_k, window_left, window_right)
+            seqlen_k = seqlen_k * call.ragged.block_table.shape[1]
+    return Sizes(seqlen_q, seqlen_k, heads, batch, heads // heads_k, call.window_left, call.window_right)
 
 
 class Queries(NamedTuple):
@@ -96,7 +84,7 @@ def clamp(x: Int32, low: Int32, high: Int32) -> Int32:
 def queries(ragged: Ragged, b: Int32, rows: Int32) -> Queries:
     """Sequence b's queries; rows: q.shape[1]. They lie in q whatever the tensors say."""
     batch, start, end = b, Int32(0), rows
-    if ragged.given & CU_SEQLENS_Q:
+    if ragged.given & calls.CU_SEQLENS_Q:
         batch = Int32(0)
         start = clamp(ragged.cu_seqlens_q[b], Int32(0), rows)
         end = clamp(ragged.cu_seqlens_q[b + 1], start, rows)
@@ -108,15 +96,15 @@ def keys(ragged: Ragged, b: Int32, capacity: Int32) -> Keys:
     """Sequence b's keys; capacity: tokens of a storage row. They lie in it whatever the tensors say."""
     batch, start, end = b, Int32(0), ragged.keys
     limit = capacity
-    if ragged.given & BATCH_IDX:
+    if ragged.given & calls.BATCH_IDX:
         batch = ragged.batch_idx[b]
-    if ragged.given & CU_SEQLENS_K:
+    if ragged.given & calls.CU_SEQLENS_K:
         batch = Int32(0)
         start = clamp(ragged.cu_seqlens_k[b], Int32(0), capacity)
         end = limit = clamp(ragged.cu_seqlens_k[b + 1], start, capacity)
-    if ragged.given & SEQUSED_K:
+    if ragged.given & calls.SEQUSED_K:
         end = start + ragged.seqused_k[b]
     end = clamp(end + ragged.added, start, limit)
-    if ragged.given & LEFTPAD_K:
+    if ragged.given & calls.LEFTPAD_K:
         start = clamp(start + ragged.leftpad_k[b], start, end)
     return Keys(batch, start, end - start)

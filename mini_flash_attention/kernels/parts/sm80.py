@@ -70,9 +70,10 @@ def load_pages(
     rows: Int32 | None,
     tidx: Int32,
 ):
-    """load_tile from pages, gX (num_pages, page_size, d): the tile's row 0 is the sequence's token `start`.
+    """Start copying a tile to sX, from pages: gX (num_pages, page_size, d), the sequence's token `start` on.
 
-    table (max_pages): the sequence's pages; those of rows from `rows` on are not looked up.
+    table (max_pages): the sequence's pages. What lies beyond `rows` (None: the tile is whole; their pages are
+    not looked up) and d becomes zero, as do pages that don't exist.
     """
     thr_load = tiled_load.get_slice(opaque(tidx))
     tXsX = thr_load.partition_D(sX)  # (8, M, K)
@@ -148,23 +149,24 @@ def source(x: Operand, tidx: Int32) -> Source:
     return Source(address, tXsX.layout, thr_copy.retile(x.fragment))
 
 
+def beside(address: Int32, offset: int, dtype: type, align: int) -> cute.Pointer:
+    """A pointer to an element `offset` bytes behind a lane's first one, before the swizzle.
+
+    The swizzle XORs bits 7-9 of an address into bits 4-6 (at 64-byte rows: 7-8 into 4-5). A lane's first
+    address has zeros where the offsets of slices have those bits, so the low bits of an offset can be XORed
+    to the swizzled address, the others added: one register serves all slices.
+    """
+    low = offset % 1024
+    address = (address ^ low) + (offset - low)
+    return cute.make_ptr(dtype, address, cute.AddressSpace.smem, assumed_align=align)
+
+
 @cute.jit
 def fetch(x: Operand, s: Source, k: cutlass.Constexpr):
-    """Move slice k of an operand from shared memory to registers.
-
-    The swizzle XORs bits 7-9 of an address into bits 4-6 (at 64-byte rows: 7-8 into 4-5). A lane's
-    first address has zeros where the offsets of slices have those bits, so the low bits of an offset
-    can be XORed to the swizzled address, the others added: one register serves all slices.
-    """
+    """Move slice k of an operand from shared memory to registers."""
     for i in cutlass.range_constexpr(cute.size(s.layout, mode=[1])):
         offset = 2 * cute.crd2idx((0, i, k), s.layout)  # bytes
-        low = offset % 1024
-        pointer = cute.make_ptr(
-            x.fragment.element_type,
-            (s.address ^ low) + (offset - low),
-            cute.AddressSpace.smem,
-            assumed_align=16,
-        )
+        pointer = beside(s.address, offset, x.fragment.element_type, 16)
         rows = cute.make_tensor(pointer, cute.slice_(s.layout, (None, 0, 0)))
         cute.copy(x.copy, rows, s.target[None, i, k])
 
@@ -201,12 +203,8 @@ def put(d: Destination, values: cute.Tensor, k: cutlass.Constexpr):
     """Store slice k of an A operand, ((2, 2, 2), M, 1), from where `fetch` can move it to registers."""
     words = cute.recast_tensor(values, Int32)
     for i in cutlass.range_constexpr(cute.size(words)):
-        offset = 2 * cute.crd2idx(2 * (k * cute.size(words) + i), d.layout)  # bytes; as in fetch
-        low = offset % 1024
-        pointer = cute.make_ptr(
-            Int32, (d.address ^ low) + (offset - low), cute.AddressSpace.smem, assumed_align=4
-        )
-        cute.make_tensor(pointer, cute.make_layout(1))[0] = words[i]
+        offset = 2 * cute.crd2idx(2 * (k * cute.size(words) + i), d.layout)  # bytes
+        cute.make_tensor(beside(d.address, offset, Int32, 4), cute.make_layout(1))[0] = words[i]
 
 
 @dsl_user_op

@@ -37,10 +37,11 @@ class Ring(NamedTuple):
         return i % self.stages
 
     def wait_full(self, i: Int32):
+        """What was announced for use i is there, for all to read."""
         cute.arch.mbarrier_wait(self.full + self.slot(i), (i // self.stages) & 1)
 
     def wait_empty(self, i: Int32):
-        """At once in the first round: all slots start empty."""
+        """All consumer warps are done with the slot; at once in the first round: all slots start empty."""
         cute.arch.mbarrier_wait(self.empty + self.slot(i), ((i // self.stages) & 1) ^ 1)
 
 
@@ -57,21 +58,21 @@ def init_rings(
         for i in range(ring.stages):
             cute.arch.mbarrier_init(ring.full + i, producer_warps)
             cute.arch.mbarrier_init(ring.empty + i, consumer_warps)
-    cute.arch.mbarrier_init_fence()
+    cute.arch.mbarrier_init_fence()  # the TMA unit, too, sees them initialised
 
 
 @cute.jit
 def release(ring: Ring, i: Int32, lane: Int32):
-    """This warp is done with the slot of use i."""
+    """All lanes of this warp are done with the slot of use i: a wgmma's end or a shuffle has shown it."""
     if lane == 0:
-        cute.arch.mbarrier_arrive(ring.empty + ring.slot(i))
+        cute.arch.mbarrier_arrive(ring.empty + ring.slot(i))  # after the last warp's, wait_empty returns
 
 
 @cute.jit
 def commit(ring: Ring, i: Int32, lane: Int32):
     """This warp has written its part of the slot of use i, and shown it to all who read it."""
     if lane == 0:
-        cute.arch.mbarrier_arrive(ring.full + ring.slot(i))
+        cute.arch.mbarrier_arrive(ring.full + ring.slot(i))  # after the last warp's, wait_full returns
 
 
 @cute.jit
@@ -80,11 +81,11 @@ def expect(ring: Ring, i: Int32, sX: cute.Tensor, more: cutlass.Constexpr = 0) -
 
     more: bytes that the caller copies there beside the tile.
     """
-    ring.wait_empty(i)
+    ring.wait_empty(i)  # nobody reads what TMA will overwrite
     full = ring.full + ring.slot(i)
     size = 2 * cute.size(sX, mode=[0]) * cute.size(sX, mode=[1]) + more
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(full, size)
+        cute.arch.mbarrier_arrive_and_expect_tx(full, size)  # wait_full returns when they have arrived
     return full
 
 
@@ -112,54 +113,6 @@ def load(
     block_copy(tma.atom, cute.group_modes(gX, 0, 2), cute.group_modes(sX, 0, 2), tma_bar_ptr=full)
 
 
-class Pieces(NamedTuple):
-    """Where the pieces of one block of keys lie: lane p knows that of piece p."""
-
-    page: Int32
-    row: Int32  # its first row in the page
-
-
-@cute.jit
-def look_up(
-    piece: cutlass.Constexpr,
-    tile_n: cutlass.Constexpr,
-    table: cute.Tensor,
-    page_size: Int32,
-    rows: Int32,
-    n_block: Int32,
-) -> Pieces:
-    """The pieces of a block, each in one page, by a sequence's block table (max_pages).
-
-    Those from row `rows` on are not looked up: they are rows that no page has, which TMA fills with zeros.
-    """
-    row = n_block * tile_n + cute.arch.lane_idx() * piece
-    pieces = Pieces(Int32(0), page_size)
-    if row >= 0 and row < cutlass.min(rows, (n_block + 1) * tile_n):
-        pieces = Pieces(table[row // page_size], row % page_size)
-    return pieces
-
-
-@cute.jit
-def load_pages(
-    tma: Tma,
-    piece: cutlass.Constexpr,
-    pieces: Pieces,
-    head: Int32,
-    sX: cute.Tensor,
-    ring: Ring,
-    i: Int32,
-):
-    """`load` from pages."""
-    full = expect(ring, i, sX)
-    tile = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
-    for p in cutlass.range(tile[0] // piece, unroll=1):
-        page, row = (cute.arch.shuffle_sync(x, p) for x in pieces)
-        gX = cute.domain_offset((row, 0), tma.tensor[None, None, head, page])  # (page_size, D)
-        gX = cute.local_tile(gX, (piece, tile[1]), (0, 0))  # (piece, d)
-        sPiece = cute.local_tile(sX[None, None, ring.slot(i)], (piece, tile[1]), (p, 0))
-        block_copy(tma.atom, cute.group_modes(gX, 0, 2), cute.group_modes(sPiece, 0, 2), tma_bar_ptr=full)
-
-
 @cute.jit
 def zero_rows(sX: cute.Tensor, first: Int32, thread: Int32, barrier_id):
     """Zero the rows of a tile (rows, d) from `first` on, for wgmma to read. By a warpgroup."""
@@ -171,8 +124,8 @@ def zero_rows(sX: cute.Tensor, first: Int32, thread: Int32, barrier_id):
         row = cute.local_tile(sX, (1, 8), (i // chunks, i % chunks))  # (1, 8)
         cute.autovec_copy(zeros, cute.group_modes(row, 0, 2))
         i += 128
-    cute.arch.fence_view_async_shared()
-    cute.arch.barrier(barrier_id=barrier_id, number_of_threads=128)
+    cute.arch.fence_view_async_shared()  # this thread's zeros come before what wgmma (async proxy) reads
+    cute.arch.barrier(barrier_id=barrier_id, number_of_threads=128)  # and so do those of all the warpgroup
 
 
 @cute.jit
@@ -184,19 +137,19 @@ def wgmma(
     accumulate: cutlass.Constexpr,
 ):
     """Issue acc = A·B or acc += A·B as one group; the caller waits for it."""
-    warpgroup.fence()
+    warpgroup.fence()  # what the registers of acc and A were given comes before the product uses them
     # .set() mutates: a fresh atom, so that nothing escapes a loop.
     atom = cute.make_mma_atom(tiled_mma.op)
     atom.set(warpgroup.Field.ACCUMULATE, accumulate)
     for k in cutlass.range_constexpr(cute.size(tCrA, mode=[2])):
         cute.gemm(atom, acc, tCrA[None, None, k], tCrB[None, None, k], acc)
         atom.set(warpgroup.Field.ACCUMULATE, True)
-    warpgroup.commit_group()
+    warpgroup.commit_group()  # the group that the caller waits for, before it touches those registers
 
 
 @cute.jit
 def all_true(condition, barrier_id: Int32):
-    """Whether the condition holds in all 128 threads of a warpgroup; a barrier for them."""
+    """Whether the condition holds in all 128 threads of a warpgroup, all of which must call it."""
     ok = cute.arch.inline_ptx(
         "{ .reg .pred p, q; setp.ne.s32 p, {$r0}, 0; "
         "barrier.cta.red.and.pred q, {$r1}, 128, p; selp.s32 {$w0}, 1, 0, q; }",

@@ -9,7 +9,6 @@ from cutlass import Float32, const_expr
 from mini_flash_attention.kernels.parts.fragments import rescale, rows_cols
 
 LN_2 = 0.6931471805599453
-LOG2_E = 1.4426950408889634
 SLACK = 8.0  # log2: a row keeps its offset until its maximum passes it by this much; P stays below 2^8
 
 

@@ -1,0 +1,73 @@
+"""What both forward kernels do with a tile: its scores, mask and dropout, and O at the end.
+
+w: the Work of either kernel. m_block, n_block: which tile of the score matrix w.acc_S is.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from mini_flash_attention.kernels.parts import dropout
+from mini_flash_attention.kernels.parts.fragments import convert, rescale, rows_cols
+from mini_flash_attention.kernels.parts.scores import transform
+from mini_flash_attention.kernels.parts.seqlen import Sizes
+
+
+@cute.jit
+def to_scores(
+    config: cutlass.Constexpr, w, sizes: Sizes, slope: Float32 | None, m_block: Int32, n_block: Int32
+):
+    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies. slope: ALiBi's."""
+    if const_expr(config.score != "plain"):
+        S, rc = rows_cols(w.acc_S), rows_cols(w.coords)
+        diagonal = m_block * config.tile_m + sizes.seqlen_k - sizes.seqlen_q - n_block * config.tile_n
+        rows = cute.size(S, mode=[0])
+        slopes, distances = cute.make_rmem_tensor(rows, Float32), cute.make_rmem_tensor(rows, Int32)
+        for r in cutlass.range_constexpr(rows):
+            distances[r] = diagonal + rc[r, 0][0] - rc[r, 0][1]
+            if const_expr("alibi" in config.score):
+                slopes[r] = slope
+        transform(config, w.call.score, S, slopes, distances)
+
+
+@cute.jit
+def mask(config: cutlass.Constexpr, w, sizes: Sizes, m_block: Int32, n_block: Int32):
+    """acc_S <- -inf where row i may not see key j: beyond seqlen_k, or outside i's window.
+
+    The window lies around the diagonal, j = i + seqlen_k - seqlen_q, which ends at the bottom right.
+    """
+    S, rc = rows_cols(w.acc_S), rows_cols(w.coords)
+    left, right = sizes.window(config.mask)
+    start = n_block * config.tile_n + rc[0, 0][1]  # key of this thread's first column
+    for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+        diagonal = m_block * config.tile_m + rc[r, 0][0] + sizes.seqlen_k - sizes.seqlen_q
+        end = sizes.seqlen_k
+        if const_expr(right is not None):
+            end = cutlass.min(end, diagonal + right + 1)
+        end = end - start
+        for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+            S[r, c] = S[r, c] if (c // 2) * 8 + c % 2 < end else -Float32.inf
+        if const_expr(left is not None):
+            begin = diagonal - left - start
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                S[r, c] = S[r, c] if (c // 2) * 8 + c % 2 >= begin else -Float32.inf
+
+
+@cute.jit
+def drop(config: cutlass.Constexpr, w, P: cute.Tensor, batch_head: Int32, m_block: Int32, n_block: Int32):
+    """P (16 bits) <- P without what dropout drops; its sums have been taken."""
+    rc = rows_cols(w.coords)
+    rows = tuple(m_block * config.tile_m + rc[r, 0][0] for r in range(0, cute.size(rc, mode=[0]), 2))
+    dropout.mark(w.call.dropout, P, rows, n_block * config.tile_n + rc[0, 0][1], batch_head)
+    dropout.keep(P, P)
+
+
+@cute.jit
+def normalise(config: cutlass.Constexpr, w) -> cute.Tensor:
+    """O in 16 bits, from acc_O; softmax.finish() has run."""
+    if const_expr(config.dropout):
+        dropout.rescale_sums(w.call.dropout, w.softmax.row_sum)
+    rescale(w.acc_O, w.softmax.row_sum)
+    O = cute.make_rmem_tensor(w.acc_O.shape, w.call.mO.element_type)
+    convert(w.acc_O, O)
+    return O
