@@ -68,6 +68,7 @@ _METRICS = {
     "overhead": _HOST_TIME,
 }
 SUITES = tuple(_METRICS)
+DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward"}
 
 
 def metric(row: Row) -> Metric:

@@ -13,6 +13,7 @@ import torch
 
 from benchmark import (
     cases,
+    choices,
     compare,
     estimates,
     exactness,
@@ -374,12 +375,14 @@ def test_run_measures_and_writes(
 
 
 def test_classic_prints_the_profile_and_the_differences(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And nothing on stderr, not even PyTorch's profiler."""
     small = cases.square("cpu", "fwd", "fp32", (1, 64, 2, 32), causal=False)
     monkeypatch.setattr(cases, "classic", lambda device: [small])
     assert run.main(["--only", "classic", "--rounds", "1", "--profile", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
+    shown, noise = capfd.readouterr()
+    assert noise == ""
     assert "| Implementation | CPU Time | CUDA Time |" in shown
     assert "Max difference between torch and mini-flash-attn" in shown
     assert "No official flash-attn package" in shown
@@ -421,7 +424,111 @@ def words(picture: Path) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)<", picture.read_text(encoding="utf-8"))
 
 
-def test_unknown_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--only sweeep", "'sweeep' is none of accuracy, classic, sweep, backward, varlen, decode, overhead"),
+        ("--only size=3", "'size' is none of D, S, causal, direction"),
+        ("--only S=512,77", "no case has S=77: S is 512, 1024, 4096"),
+        ("--only overhead D=64", "D filters sweep, backward, varlen, decode alone, and none is chosen"),
+        ("--only overhead backward", "backward: nothing of this runs on a CPU"),
+        ("--only memory", "memory: nothing of this runs on a CPU"),
+        ("--impls mini,fa9", "'fa9' is none of mini, mini-sm80"),
+        ("--impls mini,fa3", "fa3 is not here: needs a GPU"),
+        ("--rounds 0", "--rounds: must be a whole number from 1 on, not 0"),
+        ("--rounds few", "--rounds: must be a whole number from 1 on, not few"),
+        ("--csv {folder}", "--csv: cannot write {folder}: Is a directory"),
+        ("--csv {file}", "--csv: {file} is no file of results: {file}: the header must be date,"),
+        ("--json {file}/rows.json", "--json: cannot write {file}/rows.json: File exists"),
+        ("--plot {folder}/sweep.word", "--plot: sweep.word must end in one of .eps, "),
+        ("--plot {folder}/sweep.png --only overhead", "nothing to draw: a line takes two lengths"),
+        ("--plot {folder}/sweep.png --only sweep S=512", "nothing to draw: a line takes two lengths"),
+        ("--csv {folder}/rows.csv --only accuracy", "--csv: nothing is timed"),
+        ("--profile {file} --only classic", "--profile: cannot make the folder {file}: File exists"),
+        (
+            "--profile {folder} --only sweep",
+            "--profile: the classic case, of which the traces are, is not run",
+        ),
+    ],
+)
+def test_wrong_choices_are_refused_before_anything_runs(
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    names = {"folder": str(tmp_path), "file": str(tmp_path / "file")}
+    Path(names["file"]).write_text("date,commit\n")
+    monkeypatch.setattr(machine, "start_run", None)
+    with pytest.raises(SystemExit) as stopped:
+        run.main(arguments.format(**names).split())
+    assert stopped.value.code == 2
+    assert message.format(**names) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(choices.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "start_run", None)
     with pytest.raises(SystemExit):
-        run.main(["--only", "sweeep"])
-    assert "accuracy, classic, sweep, backward, varlen, decode, overhead" in capsys.readouterr().err
+        run.main(["--plot", "sweep.png"])
+    assert "--plot: needs matplotlib" in capsys.readouterr().err
+
+
+def test_a_filter_that_leaves_a_section_nothing() -> None:
+    with pytest.raises(ValueError, match="no case of backward has D=64 S=512"):
+        choices.sections_and_cases(["sweep", "backward", "D=64", "S=512"], "cuda")
+    sections, timed = choices.sections_and_cases(["D=64", "S=512"], "cuda")
+    assert sections == choices.SECTIONS
+    assert [case for case in timed if case.suite not in ("overhead",) and case.dtype != "fp16"] == [
+        case for case in cases.sweep("cuda") if (case.head_dim, case.seqlen_k) == (64, 512)
+    ]
+
+
+def test_an_interrupted_run_saves_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    done: list[cases.Case] = []
+
+    def two_cases(case: cases.Case, *_: object) -> measure.Measured:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(case)
+        return measure.Measured([results.row(RUN, case, "mini", timing.Timing(1.0, 0.1), None)], [])
+
+    monkeypatch.setattr(run, "measure", two_cases)
+    files = [tmp_path / "new" / name for name in ("rows.csv", "rows.json", "sweep.png")]
+    options = [word for path in files for word in (f"--{path.suffix[1:]}".replace("png", "plot"), str(path))]
+    assert run.main(["--only", "sweep", *options]) == 130
+    assert len(results.read(files[0])) == len(json.loads(files[1].read_text())) == 2
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+    said = f"Interrupted.\n2 measurements are in {', '.join(map(str, files))}.\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
+def test_nothing_is_written_where_nothing_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> measure.Measured:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measure", interrupt)
+    assert run.main(["--only", "sweep", "--json", str(tmp_path / "rows.json")]) == 130
+    assert capsys.readouterr().out.endswith("Interrupted.\n") and not list(tmp_path.iterdir())
+
+
+def test_line_shows_the_spread() -> None:
+    case = measured_case()
+    rows = [
+        results.row(RUN, case, impl, timing.Timing(case.flops / tflops / 1e9, spread), None)
+        for impl, tflops, spread in (("mini", 600.0, 0.034), ("fa4", 500.0, 0.2), ("fa2", 300.0, 0.0))
+    ]
+    rows.append(
+        results.row(RUN, replace(case, variant="alibi"), "mini", timing.Timing(rows[0].ms * 2, 0.01), None)
+    )
+    expected = "mini 600* ~3% | fa4 500 ~20% | fa2 300 | mini alibi 300 ~1% [0.500] TFLOP/s"
+    assert measure.line(rows) == expected
