@@ -1,5 +1,6 @@
 """The classic case seen by PyTorch's profiler, and how far the implementations lie apart."""
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ def _profile(name: str, call: timing.Call, traces: Path | None) -> tuple[float, 
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
+    # Else the profiler writes lines of its own to stderr; read at the first profile of a process.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     timing.synchronize()
     with profile(activities=activities) as profiler:
         with record_function(name):

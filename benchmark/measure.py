@@ -65,7 +65,7 @@ def _reason(failure: Exception) -> str:
 
 
 def line(rows: Iterable[results.Row]) -> str:
-    """The rows of one case, in the unit of its suite, fastest marked by a star.
+    """The rows of one case, in the unit of its suite, fastest marked by a star, with their spread.
 
     A variant beside its plain implementation has its ratio to that one in brackets.
     """
@@ -78,8 +78,10 @@ def line(rows: Iterable[results.Row]) -> str:
     cells = []
     for row, value in zip(rows, values, strict=True):
         cell = f"{row.impl} {metric.text(row)}{'*' if value == best else ''}"
+        ratio = ""
         if row.variant != first.variant:
             ratio = f" [{metric.ratio(value, values[0]):.3f}]" if row.impl == first.impl else ""
-            cell = f"{row.impl} {row.variant} {metric.text(row)}{ratio}"
-        cells.append(cell)
+            cell = f"{row.impl} {row.variant} {metric.text(row)}"
+        spread = f" ~{row.spread:.0%}" if row.spread else ""  # of one round there is none
+        cells.append(cell + spread + ratio)
     return f"{' | '.join(cells)} {metric.unit}"

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
@@ -43,7 +44,9 @@ def available(device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
     found, absent = {}, {}
     for name in NAMES:
         try:
-            found[name] = _make(name, device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of others' packages, at their import
+                found[name] = _make(name, device)
         except Exception as reason:  # a broken installation must not stop the comparison
             absent[name] = str(reason).split("\n")[0]
     return found, absent

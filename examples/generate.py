@@ -204,14 +204,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> int:
     """0 if every token is the one that full recomputation gives."""
-    parser = argparse.ArgumentParser(description="Generation with a paged KV cache.")
-    parser.add_argument("--requests", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=6, help="how many requests run at a time, at most")
-    parser.add_argument("--pages", type=int, default=48, help=f"of {PAGE_SIZE} tokens, shared by all")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of a prompt and its answer")
+    parser = argparse.ArgumentParser(
+        description="Generation with a paged KV cache.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--requests", type=int, default=12, help="texts to generate, %(default)s")
+    add("--batch", type=int, default=6, help="requests that run at a time, at most %(default)s")
+    add("--pages", type=int, default=48, help=f"of {PAGE_SIZE} tokens, %(default)s shared by all")
+    add("--longest", type=int, default=LONGEST, help="tokens of a prompt and its answer, at most %(default)s")
     args = parser.parse_args(arguments)
-    if not 16 <= args.longest <= min(LONGEST, args.pages * PAGE_SIZE):
-        parser.error(f"--longest must be 16 to {LONGEST}, and fit into the pages")
+    for name in ("requests", "batch", "pages"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    if not 16 <= args.longest <= LONGEST:
+        parser.error(f"--longest must be 16 to {LONGEST}, not {args.longest}")
+    room = args.pages * PAGE_SIZE
+    if args.longest > room:
+        parser.error(
+            f"--longest is {args.longest} tokens, but --pages {args.pages} have room for {room} alone"
+        )
 
     torch.manual_seed(0)
     model = Transformer().to(DEVICE, DTYPE)

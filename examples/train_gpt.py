@@ -7,6 +7,7 @@ Without a GPU, a smaller model trains on shorter texts for about a minute.
 """
 
 import argparse
+import importlib.util
 import sys
 import sysconfig
 import time
@@ -149,10 +150,17 @@ def draw(results: dict[str, Result], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 if the two attentions train alike."""
     parser = argparse.ArgumentParser(description="A small GPT, trained with two attentions.")
-    parser.add_argument("--size", choices=SIZES, default=DEVICE)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--plot", type=Path, metavar="PNG")
+    add = parser.add_argument
+    add("--size", choices=SIZES, default=DEVICE, help="of the model and its texts; here %(default)s")
+    add("--steps", type=int, default=300, help="batches that each run sees, %(default)s")
+    add("--plot", type=Path, metavar="PNG", help="draw the losses into this file (needs matplotlib)")
     args = parser.parse_args(arguments)
+    if args.steps < 1:
+        parser.error(f"--steps must be 1 or more, not {args.steps}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and (args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
+        parser.error(f"--plot must be a .png in a folder that exists, not {args.plot}")
 
     text, size, results = library_text(), SIZES[args.size], {}
     print(f"{size} on {DEVICE}, {len(text) / 1e6:.1f} MB of text, {args.steps} steps")

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def precompile(arguments: argparse.Namespace) -> None:
         raise SystemExit("there is no GPU here: say which, for example --arch sm_90a")
     try:
         archs = arguments.arch or [config.gpu_arch(torch.cuda.get_device_capability())]
+        for arch in archs:
+            _check_arch(arch)
         configs = [c for arch in archs for c in config.configs(arch)]
         if not arguments.all:
             configs = _chosen(configs, arguments)
@@ -54,6 +57,16 @@ def precompile(arguments: argparse.Namespace) -> None:
     except (ValueError, RuntimeError, ImportError) as error:
         raise SystemExit(str(error)) from error
     print(f"{compiled} kernels compiled, {len(configs) - compiled} were in {cache.directory()}")
+
+
+def _check_arch(arch: str) -> None:
+    """ValueError: there are no kernels for it. It names the one that was meant, if one was."""
+    if arch in config.SHARED_MEMORY:
+        return
+    digits = re.sub(r"\D", "", arch)
+    meant = [known for known in config.SHARED_MEMORY if re.sub(r"\D", "", known) == digits]
+    hint = f": did you mean {meant[0]}?" if meant else ""
+    raise ValueError(f"--arch is one of {', '.join(config.SHARED_MEMORY)}, not {arch}{hint}")
 
 
 def _chosen(configs: list[config.Config], arguments: argparse.Namespace) -> list[config.Config]:
@@ -86,8 +99,15 @@ def show_environment(_: argparse.Namespace) -> None:
         _show(f"GPU {i}", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {memory}")
     _show("backend", os.environ.get("MINI_FLASH_ATTENTION_BACKEND", "chosen by the device"))
     _show("linker", shutil.which("ld") or shutil.which("cc") or "none")
-    sizes = [path.stat().st_size for path in cache.entries()]
-    _show("cache", f"{cache.directory()}: {len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB")
+    _show("cache", _cache())
+
+
+def _cache() -> str:
+    try:
+        sizes = [path.stat().st_size for path in cache.entries()]
+        return f"{cache.directory()}: {len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB"
+    except OSError as error:
+        return f"cannot be used: {error}"
 
 
 def _show(name: str, value: str) -> None:

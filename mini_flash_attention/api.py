@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import backend, checks
+from mini_flash_attention.checks import Names
 from mini_flash_attention.problem import (
     Inputs,
     Layout,
@@ -19,6 +20,12 @@ from mini_flash_attention.problem import (
 )
 
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
+QKV = Names(
+    dict.fromkeys(("q", "k", "v"), "qkv")
+    | {"cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens"}
+    | {"max_seqlen_q": "max_seqlen", "max_seqlen_k": "max_seqlen"}
+)
+KV = Names(k="kv", v="kv")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -69,7 +76,7 @@ def flash_attn_func(
         v: like k.
         dropout_p: in [0, 1), the probability that an attention probability is dropped; those kept
             are divided by 1 - dropout_p. Pass 0 in evaluation. The seed comes from PyTorch's
-            default CPU generator, so torch.manual_seed reproduces it.
+            default generator of the device, so torch.manual_seed reproduces it.
         softmax_scale: factor of the scores, finite in fp32 (fp64 for fp64); None is 1 / sqrt(head_dim).
         causal: query i sees no key behind its diagonal, j = i + seqlen_k - seqlen_q: the last query
             sees the last key (bottom-right alignment). Replaces the right side of window_size by 0.
@@ -122,7 +129,8 @@ def flash_attn_qkvpacked_func(
     """
     q, k, v = _unpack("qkv", qkv, "batch, seqlen, 3, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return flash_attn_func(q, k, v, *options, return_attn_probs)
+    problem, x = dense(q, k, v, options, QKV)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -148,7 +156,8 @@ def flash_attn_kvpacked_func(
     """
     k, v = _unpack("kv", kv, "batch, seqlen, 2, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return flash_attn_func(q, k, v, *options, return_attn_probs)
+    problem, x = dense(q, k, v, options, KV)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -245,9 +254,10 @@ def flash_attn_varlen_qkvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
     """
     q, k, v = _unpack("qkv", qkv, "total, 3, heads, head_dim")
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
+    problem, x = varlen(q, k, v, lengths, options, None, QKV)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -276,9 +286,10 @@ def flash_attn_varlen_kvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
     """
     k, v = _unpack("kv", kv, "total, 2, heads, head_dim")
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
+    problem, x = varlen(q, k, v, lengths, options, None, KV)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -354,14 +365,21 @@ def flash_attn_with_kvcache(
     new = (k, v, rotary_cos, rotary_sin, rotary_interleaved)
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
+    if type(return_softmax_lse) is not bool:
+        return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
     out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
 
 
 def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_probs: bool) -> Output:
+    if type(return_attn_probs) is not bool:
+        return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)
+    q, k, v, *_ = x
+    learned = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    learned = learned and not backend.differentiates_itself(problem, x)
     if problem.dropout_p:
-        x = x._replace(seed=_draw_seed())
-    if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
+        x = x._replace(seed=_draw_seed(problem.device))
+    if learned:
         if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
             problem = replace(problem, deterministic=True)
         out, lse = Attention.apply(problem, *x)
@@ -389,11 +407,13 @@ class Attention(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         seed: int | None,
         layout: Layout | None,
+        plain: bool,
     ) -> tuple[Tensor, Tensor]:
-        x = Inputs(q, k, v, alibi_slopes, seed, layout)
+        x = Inputs(q, k, v, alibi_slopes, seed, layout, plain)
         out, lse = backend.forward(problem, x)
-        ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
-        ctx.problem, ctx.seed = problem, seed
+        if not problem.page_size:
+            ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
+        ctx.problem, ctx.seed, ctx.plain = problem, seed, plain
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
 
@@ -401,11 +421,13 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("attention has no second derivative: create_graph must be False")
+        if ctx.problem.page_size:
+            raise NotImplementedError("block_table: attention to pages has no gradient")
         q, k, v, alibi_slopes, out, lse, *layout = ctx.saved_tensors
-        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
+        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None, ctx.plain)
         if dout is None:
             dout = torch.zeros_like(out)
-        return None, *backend.backward(ctx.problem, x, out, lse, dout, dlse), None, None, None
+        return None, *backend.backward(ctx.problem, x, out, lse, dout, dlse), None, None, None, None
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:
@@ -417,5 +439,10 @@ def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:
     return packed.unbind(place)
 
 
-def _draw_seed() -> int:
+def _draw_seed(device: torch.device) -> int | Tensor:
+    """Of 63 bits. A GPU's is drawn by its own generator and stays there, (1) int64: nothing waits for it, and
+    a captured graph draws anew in each replay.
+    """
+    if device.type == "cuda":
+        return torch.empty(1, dtype=torch.int64, device=device).random_()
     return torch.randint(2**63 - 1, (), device="cpu").item()

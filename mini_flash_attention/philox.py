@@ -6,7 +6,7 @@ the forward pass, the backward pass, every tile shape and every backend drop the
 has to be stored.
 
 An element takes 15 bits of one half of a word, so 8 elements share a counter: rows i and i + 8, keys j,
-j + 1, j + 8 and j + 9. One thread of a tensor-core accumulator holds them all (kernels/dropout.py).
+j + 1, j + 8 and j + 9. One thread of a tensor-core accumulator holds them all (kernels/parts/dropout.py).
 """
 
 import torch
@@ -19,7 +19,9 @@ ROUNDS = 7
 RANDOM_BITS = 15  # of an element: the dropout probability is rounded to a multiple of 2^-15
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int], rounds: int = ROUNDS) -> tuple[Tensor, ...]:
+def philox(
+    counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor], rounds: int = ROUNDS
+) -> tuple[Tensor, ...]:
     """Four random words from four words of counter and two of key, all unsigned 32-bit.
 
     The counter's words are int64 tensors that broadcast, and so are the results.
@@ -39,7 +41,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int], rounds: int = ROUN
     return c0, c1, c2, c3
 
 
-def key_of(seed: int) -> tuple[int, int]:
+def key_of(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
     """The key's two words."""
     return seed & MASK32, seed >> 32 & MASK32
 
@@ -49,11 +51,11 @@ def keep_threshold(dropout_p: float) -> int:
     return round((1 - dropout_p) * 2**RANDOM_BITS)
 
 
-def keep_mask(seed: int, dropout_p: float, batch_heads: Tensor, rows: Tensor, keys: range) -> Tensor:
+def keep_mask(seed: int | Tensor, dropout_p: float, batch_heads: Tensor, rows: Tensor, keys: range) -> Tensor:
     """Which elements dropout keeps.
 
     Args:
-        seed: of 64 bits.
+        seed: of 64 bits; a tensor is (1) int64, on the device of the result, and is not waited for.
         dropout_p: probability of dropping an element.
         batch_heads: batch * heads_q + head; int64, any shape that broadcasts with `rows`.
         rows: query rows; int64.

@@ -120,7 +120,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch, pretended_gpu: None) -> Kernel:
     kernel = Kernel()
-    monkeypatch.setattr(compile, "get", lambda row: kernel)
+    monkeypatch.setattr(compile, "get", lambda row: lambda *fields: kernel(Forward(*fields)))
     monkeypatch.setattr(memory, "tile_counter", lambda device: "a counter")
     return kernel
 
@@ -165,7 +165,7 @@ def test_only_what_cannot_be_read_in_place_is_copied(kernel: Kernel) -> None:
 def test_a_refusal_that_a_copy_would_not_mend_is_told(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refusing(call: Forward) -> None:
+    def refusing(*fields: Any) -> None:
         raise ValueError("Mismatched mO.device")
 
     monkeypatch.setattr(compile, "get", lambda row: refusing)
@@ -202,7 +202,7 @@ def test_windows_become_numbers(kernel: Kernel) -> None:
 def test_ragged_batches_are_told_by_flags(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "decoding_pays", lambda *call: False)
     seen = []
-    monkeypatch.setattr(compile, "get", lambda row: seen.append)
+    monkeypatch.setattr(compile, "get", lambda row: lambda *fields: seen.append(Forward(*fields)))
     q = torch.randn(30, 4, 64, dtype=torch.float16)
     k, v = (torch.randn(50, 2, 64, dtype=torch.float16) for _ in range(2))
     pages = torch.randn(7, 16, 2, 64, dtype=torch.float16)
@@ -245,10 +245,10 @@ def test_gradients_of_packed_tensors(kernel: Kernel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plans, "decoding_pays", lambda *call: False)
     rows, seen = [], []
 
-    def launch(call: Forward | Backward) -> None:
-        seen.append(call)
-        if isinstance(call, Backward):
-            for x in (call.mdQ, call.mdK, call.mdV):
+    def launch(*fields: Any) -> None:
+        seen.append((Backward if seen else Forward)(*fields))
+        if len(seen) == 2:
+            for x in (seen[1].mdQ, seen[1].mdK, seen[1].mdV):
                 x.fill_(2)
 
     monkeypatch.setattr(compile, "get", lambda row: rows.append(row) or launch)

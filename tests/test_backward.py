@@ -261,7 +261,7 @@ def test_dropout(path: str, head_dim: int, options: dict) -> None:
 def dropped_after_seed(seed: int, batches: range, heads: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
     """Options of reference.attention: what dropout_p=0.2 does in the first call after manual_seed(seed)."""
     torch.manual_seed(seed)
-    drawn = torch.randint(2**63 - 1, ()).item()
+    drawn = torch.empty(1, dtype=torch.int64, device="cuda").random_()
     numbers = torch.arange(batches.start * heads, batches.stop * heads, device="cuda")
     rows = torch.arange(seqlen_q, device="cuda").view(1, 1, -1)
     kept = keep_mask(drawn, 0.2, numbers.view(len(batches), heads, 1), rows, range(seqlen_k))

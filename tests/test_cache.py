@@ -4,8 +4,11 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
+import re
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -21,7 +24,7 @@ if importlib.util.find_spec("nvidia_cutlass_dsl") is None:
 import torch
 from tiny import TinyConfig, signature
 
-import mini_flash_attention
+from mini_flash_attention import __main__
 from mini_flash_attention.gpu import cache, compile
 
 CONFIG, OTHER = TinyConfig(), TinyConfig(dtype="Float16")
@@ -33,7 +36,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cache"
     monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", str(path))
     monkeypatch.setattr(compile, "_loaded", {})
-    monkeypatch.setattr(cache, "_private", {})
+    monkeypatch.setattr(cache, "_warned", False)
+    cache._absolute.cache_clear()
     return path
 
 
@@ -50,14 +54,42 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[TinyConfig]:
     return configs
 
 
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this process and those that it starts make their temporary files."""
+    path = tmp_path / "temporary"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return path
+
+
+def left_in(temporary: Path) -> list[Path]:
+    return list(temporary.glob("mini_flash_attention_*"))
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch, owner: int = 12345) -> None:
+    """To another user: truly, or for this process alone if it may not."""
+    try:
+        os.chown(path, owner, -1, follow_symlinks=False)
+    except PermissionError:
+        given, require_trusted = path.lstat().st_ino, cache._require_trusted
+
+        def require(path: Path, status: os.stat_result) -> None:
+            uid = owner if status.st_ino == given else status.st_uid
+            require_trusted(path, os.stat_result((*status[:4], uid, *status[5:])))
+
+        monkeypatch.setattr(cache, "_require_trusted", require)
+
+
 def assert_right(function: Callable, dtype: str = "float32") -> None:
-    assert f"mX: Tensor([n0], {dtype})" in signature(function)
+    assert f"Tensor([n0], {dtype})" in signature(function)
 
 
-def start(script: str) -> subprocess.Popen:
-    """Starts a process that finds the same modules and speaks through pipes."""
+def start(script: str | Path) -> subprocess.Popen:
+    """Starts a process, of a file or of its text, that finds the same modules and speaks through pipes."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, script] if isinstance(script, Path) else [sys.executable, "-c", script]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, text=True, env=environment, **pipes)
 
@@ -65,7 +97,6 @@ def start(script: str) -> subprocess.Popen:
 # Forked, which spares 16 imports of torch, but before anything of the cache is used.
 SIXTEEN_PROCESSES = """
 import multiprocessing, sys, torch
-import torch
 from tiny import TinyConfig, signature
 from mini_flash_attention.gpu import compile
 
@@ -207,6 +238,46 @@ def _verified_garbage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cache.store(compile._entry_name(config), ".so", b"garbage")
 
 
+def _others_may_write(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory.mkdir()
+    directory.chmod(0o757)
+
+
+def _group_may_write(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory.mkdir()
+    directory.chmod(0o770)
+
+
+def _of_another_user(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory.mkdir()
+    give_away(directory, monkeypatch)
+
+
+def _link_of_another_user(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = directory.with_name("target")
+    target.mkdir(mode=0o700)
+    directory.symlink_to(target)
+    give_away(directory, monkeypatch)
+
+
+def _entry_of_another_user(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in (CONFIG, OTHER):
+        give_away(compile.library(config), monkeypatch)
+
+
+def _others_may_write_to_entries(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in (CONFIG, OTHER):
+        compile.library(config).chmod(0o666)
+
+
+def _lock_of_another_user(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory.mkdir(mode=0o700)
+    for config in (CONFIG, OTHER):
+        path = directory / f"{compile._entry_name(config)}.lock"
+        path.touch(mode=0o600)
+        give_away(path, monkeypatch)
+
+
 SPOILED = [
     _under_a_file,
     _in_proc,
@@ -216,20 +287,33 @@ SPOILED = [
     _no_home,
     _nothing_can_be_loaded,
     _verified_garbage,
+    _others_may_write,
+    _group_may_write,
+    _of_another_user,
+    _link_of_another_user,
+    _entry_of_another_user,
+    _others_may_write_to_entries,
+    _lock_of_another_user,
 ]
 
 
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_unusable_directory_costs_one_warning(
-    spoil: Callable, directory: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[TinyConfig]
+    spoil: Callable,
+    directory: Path,
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: list[TinyConfig],
 ) -> None:
     spoil(directory, monkeypatch)
+    compiled.clear()
     with pytest.warns(RuntimeWarning, match="MINI_FLASH_ATTENTION_CACHE_DIR") as warned:
         assert_right(compile.get(CONFIG))
         assert_right(compile.get(OTHER), "float16")
     assert len(warned) == 1
     assert compiled == [CONFIG, OTHER]
     assert not list(directory.glob("*.tmp"))
+    assert not left_in(temporary)
 
 
 def test_what_cannot_be_loaded_anywhere_is_an_error(
@@ -244,46 +328,43 @@ def test_what_cannot_be_loaded_anywhere_is_an_error(
     assert compiled == [CONFIG, CONFIG]
 
 
-FORK = """
-import os, sys
-from pathlib import Path
-from mini_flash_attention.gpu import cache
+# None of these comes to what Python does at exit.
+ENDINGS = {
+    "a child that is forked": "start('fork')",
+    "a child of a forkserver": "start('forkserver')",
+    "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
+}
+ENDING = """
+import multiprocessing, os, signal
+from tiny import TinyConfig, signature
+from mini_flash_attention.gpu import compile
 
-first = cache.store("kernel", ".so", b"code")
-child = os.fork()
-second = cache.store("kernel", ".so", b"code")
-assert (first == second) == (child != 0)
-if child:
-    os.waitpid(child, 0)
-    print(first.exists(), first.parent)
-else:
-    print(second.parent, flush=True)
+compile._compile = lambda config: (".so", open(CODE, "rb").read())  # the compiler takes seconds to import
+
+def get():
+    print("float32" in signature(compile.get(TinyConfig(live=os.getpid()))), flush=True)
+
+def start(method):
+    process = multiprocessing.get_context(method).Process(target=get)
+    process.start()
+    process.join()
+
+if __name__ == "__main__":
+    get()
+    ENDING
 """
 
 
-def test_each_process_removes_its_own_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_no_private_directory_is_left(
+    ending: str, temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = str(compile.library(CONFIG))
+    script = tmp_path / "script.py"  # a file, as children of multiprocessing import it
+    script.write_text(ENDING.replace("ENDING", ending).replace("CODE", repr(code)))
     monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", "/proc/cache")
-    childs, exists, parents = start(FORK).communicate()[0].split()
-    assert exists == "True"
-    assert not Path(childs).exists() and not Path(parents).exists()
-
-
-def test_eight_threads_share_a_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", "/proc/cache")
-    original, barrier = cache.tempfile.mkdtemp, threading.Barrier(8)
-
-    def slow_mkdtemp(**options: str) -> str:
-        time.sleep(0.1)
-        return original(**options)
-
-    def store(i: int) -> Path:
-        barrier.wait()
-        return cache.store(str(i), ".so", b"code").parent
-
-    monkeypatch.setattr(cache.tempfile, "mkdtemp", slow_mkdtemp)
-    with pytest.warns(RuntimeWarning) as warned, ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(store, range(8)))) == 1
-    assert len(warned) == 1
+    assert start(script).communicate()[0].split() == ["True"] * (2 if "start" in ending else 1)
+    assert not left_in(temporary)
 
 
 def test_read_only_directory_serves_what_it_has(
@@ -300,7 +381,7 @@ def test_read_only_directory_serves_what_it_has(
 
 def test_lock_of_a_killed_process_is_free(directory: Path) -> None:
     holder = start(
-        "import time; from mini_flash_attention import cache\n"
+        "import time; from mini_flash_attention.gpu import cache\n"
         f"with cache.lock({compile._entry_name(CONFIG)!r}): print('held', flush=True); input()"
     )
     assert holder.stdout.readline() == "held\n"
@@ -318,6 +399,173 @@ def test_lock_that_stays_held_is_given_up(
     with cache.lock(compile._entry_name(CONFIG)):
         assert_right(compile.get(CONFIG))
     assert compiled == [CONFIG]
+
+
+def test_lock_follows_no_link_and_empties_no_file(directory: Path, compiled: list[TinyConfig]) -> None:
+    directory.mkdir(mode=0o700)
+    precious = directory.with_name("precious")
+    precious.write_text("what a user has written")
+    path = directory / f"{compile._entry_name(CONFIG)}.lock"
+    path.symlink_to(precious)
+    assert_right(compile.get(CONFIG))
+    path.unlink()
+    path.write_text("a file of the user")
+    path.chmod(0o600)
+    with cache.lock(path.stem):
+        assert path.read_text() == "a file of the user"
+    assert precious.read_text() == "what a user has written"
+
+
+def test_a_pipe_holds_nobody_up(directory: Path) -> None:
+    directory.mkdir(mode=0o700)
+    for suffix in (".lock", ".so", ".o"):
+        os.mkfifo(directory / f"{compile._entry_name(CONFIG)}{suffix}", 0o600)
+    assert_right(compile.get(CONFIG))
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077, 0o377])
+def test_what_is_made_is_for_this_user_alone(
+    umask: int, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", str(directory / "of" / "mine"))
+    before = os.umask(umask)
+    try:
+        with cache.lock("kernel"):
+            path = cache.store("kernel", ".so", b"code")
+    finally:
+        os.umask(before)
+    assert cache.find("kernel") == path
+    modes = {path: stat.S_IMODE(path.lstat().st_mode) for path in tmp_path.rglob("*")}
+    assert len(modes) == 5
+    assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items())
+
+
+def test_a_link_of_our_own_is_followed(directory: Path, compiled: list[TinyConfig]) -> None:
+    target = directory.with_name("target")
+    target.mkdir(mode=0o700)
+    directory.symlink_to(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right(compile.get(CONFIG))
+    assert len(list(target.glob("*.so"))) == 1
+
+
+def test_a_read_only_cache_of_root_serves_everybody(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[TinyConfig]
+) -> None:
+    path = compile.library(CONFIG)
+    compiled.clear()
+    path.chmod(0o444)
+    directory.chmod(0o555)
+    give_away(directory, monkeypatch, owner=0)
+    give_away(path, monkeypatch, owner=0)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right(compile.get(CONFIG))
+    assert compiled == []
+
+
+def test_nothing_of_unix_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "geteuid")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with cache.lock("kernel"):
+        assert cache.find("kernel") is None
+        path = cache.store("kernel", ".so", b"code")
+        assert cache.find("kernel") == path
+
+
+# Where the cache is
+
+
+def test_the_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", "~/named")
+    assert cache.directory() == Path("/home/user/named")
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", "")
+    assert cache.directory() == Path("/xdg/mini_flash_attention")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification says to ignore
+    assert cache.directory() == Path("/home/user/.cache/mini_flash_attention")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.directory() == Path("/home/user/.cache/mini_flash_attention")
+
+
+def test_a_relative_directory_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[TinyConfig]
+) -> None:
+    """Also for the processes that precompile."""
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CACHE_DIR", "relative")
+    monkeypatch.chdir(tmp_path)
+    assert cache.directory() == tmp_path / "relative"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert compile.precompile([CONFIG]) == 1
+    assert cache.entries() == [compile.library(CONFIG)] == list((tmp_path / "relative").glob("*.so"))
+    assert compiled == []
+
+
+# Forks while another thread compiles
+
+FORK = """
+import os, signal, sys, threading, time
+from tiny import TinyConfig, signature
+from mini_flash_attention.gpu import compile
+
+thread = threading.Thread(target=compile.get, args=(TinyConfig(),))
+thread.start()
+while "cutlass" not in sys.modules:  # it takes seconds to import
+    time.sleep(0.001)
+assert thread.is_alive()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    assert "float16" in signature(compile.get(TinyConfig(dtype="Float16")))
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+thread.join()
+"""
+
+
+def test_a_child_can_compile_what_its_parent_was_compiling() -> None:
+    assert start(FORK).communicate()[0] == "0\n"
+
+
+FORK_THAT_DOES_NOT_WAIT = """
+import os, threading, time
+from mini_flash_attention.gpu import cache, compile
+
+compile.FORK_TIMEOUT = 0.1
+cache.LOCK_TIMEOUT = 20
+
+def compile_for_long():
+    with compile._one_thread, cache.lock("kernel"):
+        begun.set()
+        end.wait()
+
+begun, end = threading.Event(), threading.Event()
+thread = threading.Thread(target=compile_for_long)
+thread.start()
+begun.wait()
+reading, writing = os.pipe()
+child = os.fork()
+if not child:
+    os.close(writing)
+    got_it = compile._one_thread.acquire(timeout=10)
+    os.read(reading, 1)  # returns when the parent is done
+    os._exit(not got_it)
+end.set()
+thread.join()
+began = time.monotonic()
+with compile._one_thread, cache.lock("kernel"):
+    print(time.monotonic() - began < 10)
+os.close(writing)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_child_holds_no_lock_of_its_parent() -> None:
+    assert start(FORK_THAT_DOES_NOT_WAIT).communicate()[0] == "True\n0\n"
 
 
 def test_without_a_linker_object_files_are_cached(
@@ -350,7 +598,7 @@ def test_every_version_changes_the_name(
 ) -> None:
     version = importlib.metadata.version
     changes = [
-        (mini_flash_attention, "__version__", "999"),
+        (compile, "__version__", "999"),
         (importlib.metadata, "version", lambda p: "999" if p.startswith("nv") else version(p)),
         (importlib.metadata, "version", lambda p: "999" if p.startswith("ap") else version(p)),
         (compile, "_runtime_library", lambda: Path("cu11/lib/libcute_dsl_runtime.so")),
@@ -411,7 +659,58 @@ def test_precompile_tells_what_failed(directory: Path, monkeypatch: pytest.Monke
         compile.precompile([CONFIG])
 
 
-def test_precompile_without_a_home_fails(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _no_home(directory, monkeypatch)
-    with pytest.warns(RuntimeWarning):
-        assert "cannot be stored" in compile._failure(CONFIG)  # what the workers run
+@pytest.mark.parametrize("spoil", [_no_home, _others_may_write])
+def test_precompile_needs_a_directory(
+    spoil: Callable, directory: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[TinyConfig]
+) -> None:
+    spoil(directory, monkeypatch)
+    with pytest.raises(RuntimeError, match="cannot be stored .*MINI_FLASH_ATTENTION_CACHE_DIR"):
+        compile.precompile([CONFIG])
+    assert compiled == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("sm_90", ": did you mean sm_90a[?]"),
+        ("9.0", ": did you mean sm_90a[?]"),
+        ("sm100", ": did you mean sm_100a[?]"),
+        ("sm_80a", ": did you mean sm_80[?]"),
+        ("sm_75", ""),
+        ("hopper", ""),
+    ],
+)
+def test_precompile_names_the_arch_that_was_meant(
+    asked: str, meant: str, monkeypatch: pytest.MonkeyPatch, compiled: list[TinyConfig]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mini_flash_attention", "precompile", "--arch", "sm_80", asked])
+    with pytest.raises(SystemExit, match=f"^--arch is one of sm_80, .*, not {asked}{meant}$"):
+        __main__.main()
+    assert compiled == []
+
+
+def test_env_tells_why_a_cache_is_not_used(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mini_flash_attention", "env"])
+    cache.store("kernel", ".so", bytes(10**6))
+    __main__.main()
+    assert f"{directory}: 1 kernels, 1.0 MB" in capsys.readouterr().out
+    directory.chmod(0o777)
+    __main__.main()
+    assert f"others may write to {directory}" in capsys.readouterr().out
+
+
+def test_packages_newer_than_tested_are_named_where_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: TinyConfig) -> tuple[str, bytes]:
+        raise AttributeError("module 'cutlass' has no attribute 'jit'")
+
+    monkeypatch.setattr(compile, "_compile", fail)
+    with pytest.raises(AttributeError, match="^module 'cutlass' has no attribute 'jit'$"):
+        compile.get(CONFIG)
+    version, newer = importlib.metadata.version, "nvidia-cutlass-dsl"
+    monkeypatch.setattr(importlib.metadata, "version", lambda p: "4.10.0" if p == newer else version(p))
+    named = r"no attribute 'jit'.* nvidia-cutlass-dsl 4.10.0, .* pip install 'nvidia-cutlass-dsl==4.8.\*'$"
+    with pytest.raises(RuntimeError, match=named):
+        compile.get(CONFIG)
+    assert re.search(named, compile._failure(CONFIG))

@@ -169,7 +169,7 @@ def test_tiles_fit() -> None:
         assert row.slots * row.key_warps * chunk == row.shared_memory  # the results fit where the ring was
         assert row.slots >= 3  # one is read, one arrives, one is on the way
         assert row.warp_rows % (4 if row.head_dim % 64 == 0 else 8) == 0 and row.warp_rows <= 32
-        if row.can_merge:  # kernels/combine.py: Shared, of each warp, and what is shared by all
+        if row.can_merge:  # kernels/decode/combine.py: Shared, of each warp, and what is shared by all
             each = row.merged_rows * (row.merged_columns * row.merged_splits + MAX_SPLITS)
             assert 4 * (row.warps * each + 1) <= row.shared_memory
         assert row.row_warps == 1 or row.key_warps == 1  # a chunk's readers are a warp, or the thread block
@@ -188,7 +188,11 @@ class Kernels:
 
     def get(self, row: Any) -> Any:
         self.rows.append(row)
-        return {"decode.attend": self.decode, "decode.append": self.append}[row.kernel]
+        function, record = {
+            "decode.attend": (self.decode, Decode),
+            "decode.append": (self.append, Append),
+        }[row.kernel]
+        return lambda *fields: function(record(*fields))
 
     def problem(self, q: Tensor, k: Tensor, ragged: Ragged, **changes: Any) -> tuple[Problem, Layout]:
         layout = Layout(*(x if ragged.given >> i & 1 else None for i, x in enumerate(ragged[:5])))
@@ -353,11 +357,11 @@ def test_what_a_kernel_refuses_is_copied(kernels: Kernels, monkeypatch: pytest.M
     refused = []
 
     def refusing(kernel: Any) -> Any:
-        def launch(call: Decode | Append) -> None:
-            if not inputs.in_place(*call[:4]):
+        def launch(*fields: Any) -> None:
+            if not inputs.in_place(*fields[:4]):
                 refused.append(kernel)
                 raise ValueError("Mismatched mQ.strides[3]")
-            kernel(call)
+            kernel(*fields)
 
         return launch
 
@@ -380,7 +384,7 @@ def test_a_length_on_the_host_makes_no_tensor(kernels: Kernels, monkeypatch: pyt
     monkeypatch.setattr(torch, "full", lambda *_, **__: pytest.fail("a tensor was filled"))
     q = torch.randn(3, 1, 4, 64, dtype=torch.float16)
     k = torch.randn(3, 48, 2, 64, dtype=torch.float16)
-    monkeypatch.setattr(kernels, "decode", lambda *_: None)
+    monkeypatch.setattr(kernels, "decode", lambda _: None)
     flash_attn_with_kvcache(q, k, k.clone(), cache_seqlens=13)
 
 
@@ -435,7 +439,7 @@ def test_a_workspace_is_for_one_thread_and_one_stream(
     for memories in zip(first, *others, strict=True):
         assert len({x.data_ptr() for x in memories}) == 5
     assert not any(counts.any() for _, counts in others)
-    captured = [get(count=n, capturing=True)[1] for n in (20, 30, 40)]  # the last ones are not in stock
+    captured = [get(count=n, capturing=True)[1] for n in (20, 30, 40)]  # no driver: each has its own
     assert [len(x) for x in captured] == [20, 30, 40]
     ranges = [range(x.data_ptr(), x.data_ptr() + 4 * len(x)) for x in (others[2][1], *captured)]
     assert sum(map(len, ranges)) == len(set().union(*ranges))

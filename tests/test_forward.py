@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -317,8 +318,8 @@ def test_dropout_drops_the_elements_that_philox_says(
     path: str, head_dim: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without scores all P are equal, with the identity as V (of some keys) O is P, element by element."""
-    seed = 0xFEDCBA9876543210
-    monkeypatch.setattr(api, "_draw_seed", lambda: seed)
+    seed = torch.tensor([0x7EDCBA9876543210], device="cuda")
+    monkeypatch.setattr(api, "_draw_seed", lambda device: seed)
     q, k, v = (torch.zeros_like(x) for x in inputs(400, 500, 6, 2, head_dim=head_dim))
     kept = []
     for start in range(0, 500, head_dim):
@@ -343,6 +344,36 @@ def test_dropout_repeats_with_the_seed(path: str) -> None:
     first, again, other = run(1), run(1), run(2)
     assert torch.equal(first, again)
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+
+
+def test_a_graph_drops_anew_in_each_replay(path: str) -> None:
+    q, k, v = inputs(300, 300)
+    flash_attn_func(q, k, v, 0.3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attn_func(q, k, v, 0.3)
+
+    def replays(seed: int) -> Tensor:
+        torch.cuda.manual_seed(seed)
+        outs = []
+        for _ in range(3):
+            graph.replay()
+            outs.append(out.clone())
+        return torch.stack(outs)
+
+    first = replays(1)
+    assert torch.equal(first, replays(1)) and not torch.equal(first, replays(2))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+
+
+def test_checkpointing_drops_the_same(path: str) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(300, 300))
+    call = partial(flash_attn_func, q, k, v, 0.3, deterministic=True)
+    torch.cuda.manual_seed(3)
+    expected = torch.autograd.grad(call().sum(), (q, k, v))
+    torch.cuda.manual_seed(3)
+    out = torch.utils.checkpoint.checkpoint(call, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), (q, k, v)), expected))
 
 
 @pytest.mark.parametrize("options", [FULL, CAUSAL], ids=["full", "causal"])

@@ -100,15 +100,23 @@ def test_the_threshold_counts_random_values() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-5, 0.1, 0.5, 0.99, 1 - 2**-20])
 def test_kernels_take_signed_words(dropout_p: float) -> None:
-    seed = 0xFEDCBA9876543210
-    key0, key1, threshold, rescale = dropout_of(seed, dropout_p)
-    assert all(-(2**31) <= word < 2**31 for word in (key0, key1, threshold))
-    assert (key0 % 2**32, key1 % 2**32) == key_of(seed)
+    seed = torch.tensor([SEED])
+    words, threshold, rescale = dropout_of(seed, dropout_p)
+    assert words.dtype == torch.int32 and [word % 2**32 for word in words.tolist()] == list(key_of(SEED))
+    assert -(2**31) <= threshold < 2**31
     assert divmod(threshold % 2**32, 2**16) == (keep_threshold(dropout_p),) * 2
     assert rescale == 1 / (1 - dropout_p)
 
 
-# kernels/dropout.py, with Python's integers
+def test_a_seed_on_the_device_is_the_same_seed() -> None:
+    """A tensor of 64 bits, whose highest is a sign, and Python's integer."""
+    place = torch.arange(2).view(2, 1), torch.arange(40), range(3, 50)
+    for seed in (0, 1, 2**32, 2**63 - 1):
+        assert torch.equal(keep_mask(torch.tensor([seed]), 0.3, *place), keep_mask(seed, 0.3, *place))
+    assert torch.equal(keep_mask(torch.tensor([-5]), 0.3, *place), keep_mask(2**64 - 5, 0.3, *place))
+
+
+# kernels/parts/dropout.py, with Python's integers
 
 needs_cutlass = pytest.mark.skipif(
     importlib.util.find_spec("nvidia_cutlass_dsl") is None, reason="CuTe DSL is not installed"
@@ -126,7 +134,7 @@ def words_of(row: int, key: int) -> list[int]:
 
 def kept_pairs(words: list[int], dropout_p: float) -> list[tuple[bool, bool]]:
     """As dropout.marked, for each word: the lower and the upper half."""
-    threshold = dropout_of(SEED, dropout_p)[2]
+    threshold = dropout_of(torch.zeros(1, dtype=torch.int64), dropout_p).threshold
     signs = [(word | 0x80008000) - threshold & 0x80008000 for word in words]
     return [(not sign & 0x8000, not sign & 0x80000000) for sign in signs]
 
@@ -179,7 +187,7 @@ def test_the_kernels_generator_on_the_cpu() -> None:
     """The compiler makes code for the CPU too, where a function needs nothing of a GPU."""
     import cutlass
     import cutlass.cute as cute
-    from cutlass import Float32, Int32
+    from cutlass import Float32, Int32, Uint32
     from cutlass.cute.runtime import from_dlpack
 
     from mini_flash_attention.kernels.parts import dropout
@@ -188,14 +196,15 @@ def test_the_kernels_generator_on_the_cpu() -> None:
     def generate(
         out: cute.Tensor, key0: Int32, key1: Int32, threshold: Int32, row: Int32, key: Int32, head: Int32
     ):
-        numbers = dropout.Dropout(key0, key1, threshold, Float32(1))
-        words = dropout.random_words(numbers, row, key, head)
+        numbers = dropout.Dropout(None, threshold, Float32(1))
+        words = dropout.random_words((Uint32(key0), Uint32(key1)), row, key, head)
         for i in cutlass.range_constexpr(4):
             out[i] = words[i]
             out[4 + i] = dropout.marked(numbers, Int32(0), words[i])
 
     out = torch.empty(8, dtype=torch.int32)
-    numbers = dropout_of(SEED, 0.4)[:3]
+    words, threshold, _ = dropout_of(torch.tensor([SEED]), 0.4)
+    numbers = *words.tolist(), threshold
     compiled = cute.compile(generate, from_dlpack(out), *map(Int32, (*numbers, 1, 1, 1)))
     for row, key in ((0, 0), (12345, 777), (8, 9), (2**31 - 1, 2**31 - 3)):
         compiled(from_dlpack(out), *map(Int32, (*numbers, row, key, HEAD)))

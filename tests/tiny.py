@@ -24,7 +24,7 @@ def signature(function: Callable) -> str:
     import torch
 
     try:
-        function((torch.zeros(1), 1.0))
+        function(torch.zeros(1), 1.0)
     except ValueError as error:
         return str(error)
     raise AssertionError("the kernel took a tensor of the CPU")

@@ -1,17 +1,20 @@
 """A directory of compiled kernels that any number of processes use at once.
 
-It is ~/.cache/mini_flash_attention, or what MINI_FLASH_ATTENTION_CACHE_DIR names. An entry is one
-file: the code, then the SHA-256 of its name and the code, which loaders of libraries ignore. It
-appears whole or not at all. Whatever is wrong with the directory costs a compilation, no more.
+It is what MINI_FLASH_ATTENTION_CACHE_DIR names, else mini_flash_attention in XDG_CACHE_HOME, by default in
+~/.cache. An entry is one file: the code, then the SHA-256 of its name and the code, which loaders of
+libraries ignore. It appears whole or not at all. Whatever is wrong with the directory costs a compilation,
+no more.
+
+Who writes an entry runs code as whoever loads it. So the directory and all in it must be this user's or
+root's, and nobody else may write to them; what is made here is for this user alone.
 """
 
-import atexit
 import contextlib
+import functools
 import hashlib
 import os
-import shutil
+import stat
 import tempfile
-import threading
 import time
 import uuid
 import warnings
@@ -21,52 +24,99 @@ from typing import BinaryIO
 
 SUFFIXES = (".so", ".o")  # linked, or not, where there was no linker
 LOCK_TIMEOUT = 120.0  # seconds to wait for another process that compiles; a kernel takes 2 to 8
+ADVICE = "let MINI_FLASH_ATTENTION_CACHE_DIR name a directory of yours to write files in and load them from"
 
-_private: dict[int, Path] = {}  # the directory of each process: a forked child makes its own
-_one_thread = threading.Lock()
+# Neither follow a link nor wait for a pipe's other end; Windows has neither.
+_PLAIN_FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+_held: set[BinaryIO] = set()  # files that this process has locked
+_warned = False
+
+
+class NotStored(OSError):
+    """The cache cannot take an entry. Its name, suffix and code are in `entry`."""
+
+    def __init__(self, reason: OSError, entry: tuple[str, str, bytes]) -> None:
+        super().__init__(str(reason))
+        self.entry = entry
 
 
 def directory() -> Path:
-    """Returns the directory of the cache, which need not exist yet."""
-    path = os.environ.get("MINI_FLASH_ATTENTION_CACHE_DIR") or "~/.cache/mini_flash_attention"
+    """Returns the directory of the cache, which need not exist yet. OSError: the user has no home."""
+    path = os.environ.get("MINI_FLASH_ATTENTION_CACHE_DIR")
+    if not path:
+        caches = os.environ.get("XDG_CACHE_HOME", "")
+        caches = caches if os.path.isabs(caches) else "~/.cache"  # as its specification says
+        path = os.path.join(caches, "mini_flash_attention")
+    return _absolute(path)
+
+
+def use(path: str) -> None:
+    """Makes it the cache of this process."""
+    os.environ["MINI_FLASH_ATTENTION_CACHE_DIR"] = path
+
+
+@functools.cache
+def _absolute(path: str) -> Path:
+    """Made absolute once: a process that changes its working directory keeps its cache."""
     try:
         return Path(path).expanduser().absolute()
-    except RuntimeError as error:  # a user without a home
-        return _private_directory(error)
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 def entries() -> list[Path]:
-    """Returns the files of all kernels in the cache, also those of other versions."""
-    return [path for suffix in SUFFIXES for path in directory().glob(f"*{suffix}")]
+    """Returns the files of all kernels in the cache, also those of other versions.
+
+    OSError: there is no such directory for this user, or it cannot be trusted.
+    """
+    folder = directory()
+    if not folder.exists():
+        return []
+    _require_trusted_directory(folder)
+    return [path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}")]
 
 
 def find(name: str) -> Path | None:
-    """Returns the entry if it is there and whole: loading a truncated one kills the process."""
-    for suffix in SUFFIXES:
-        path = directory() / (name + suffix)
-        with contextlib.suppress(OSError):
-            content = path.read_bytes()
-            if content == _with_checksum(name, content[: -hashlib.sha256().digest_size]):
-                return path
+    """Returns the entry if it is there, can be trusted and is whole: a truncated one kills who loads it."""
+    with contextlib.suppress(OSError):
+        folder = directory()
+        _require_trusted_directory(folder)
+        for suffix in SUFFIXES:
+            path = folder / (name + suffix)
+            with contextlib.suppress(OSError), open(path, "rb", opener=_open_trusted) as file:
+                content = file.read()
+                if content == _with_checksum(name, content[: -hashlib.sha256().digest_size]):
+                    return path
     return None
 
 
 def store(name: str, suffix: str, code: bytes) -> Path:
-    """Returns the new entry, which is in a directory of this process if the cache refuses it."""
+    """Returns the new entry. NotStored: the cache cannot take it, or cannot be trusted."""
     try:
-        return _write(directory() / (name + suffix), _with_checksum(name, code))
+        folder = made_directory()
+        for there in (folder / (name + suffix), folder / f"{name}.lock"):
+            with contextlib.suppress(FileNotFoundError):
+                _require_trusted(there, there.lstat())
+        return _write(folder / (name + suffix), _with_checksum(name, code))
     except OSError as error:
-        return store_privately(name, suffix, code, error)
+        raise NotStored(error, (name, suffix, code)) from error
 
 
-def store_privately(name: str, suffix: str, code: bytes, error: Exception) -> Path:
-    """Returns the new entry in a directory of this process, because the cache fails with `error`."""
-    return _write(_private_directory(error) / (name + suffix), _with_checksum(name, code))
+@contextlib.contextmanager
+def private_copy(name: str, suffix: str, code: bytes, error: Exception) -> Iterator[Path]:
+    """An entry in a directory of its own while it is loaded, because the cache fails with `error`.
 
-
-def is_private(path: Path) -> bool:
-    """Tells whether this entry is gone when the process ends."""
-    return path.parent in _private.values()
+    What is loaded needs its file no more: nothing is left, however the process ends.
+    """
+    global _warned
+    if not _warned:
+        _warned = True
+        text = f"the cache of kernels cannot be used ({error}), so every process compiles its own: {ADVICE}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    prefix = "mini_flash_attention_"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        yield _write(Path(folder, name + suffix), _with_checksum(name, code))
 
 
 @contextlib.contextmanager
@@ -77,21 +127,39 @@ def lock(name: str) -> Iterator[None]:
     be locked, the work is done without: twice, at worst.
     """
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            directory().mkdir(parents=True, exist_ok=True)
-            _wait_for(stack.enter_context(open(directory() / f"{name}.lock", "wb")))
+        with contextlib.suppress(OSError, ImportError):
+            stack.enter_context(_locked(made_directory() / f"{name}.lock"))
         yield
 
 
-def _wait_for(file: BinaryIO) -> None:
-    import fcntl  # not at the top: Windows, which can use the CPU backend, has none
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # not at the top: Windows has none
 
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while time.monotonic() < deadline:
+    with open(path, "ab", opener=_open_trusted) as file:  # to write, as network file systems lock no others
+        os.fchmod(file.fileno(), 0o600)
+        _held.add(file)
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
+            yield
+        finally:
+            _held.discard(file)
+
+
+def _close_held() -> None:
+    """A forked child holds its parent's locks too, and could outlive it, or want them itself."""
+    while _held:
+        _held.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held)
 
 
 def _with_checksum(name: str, code: bytes) -> bytes:
@@ -99,30 +167,56 @@ def _with_checksum(name: str, code: bytes) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
+        unfinished.touch(0o600, exist_ok=False)
+        unfinished.chmod(0o600)  # the umask may have taken from it
         unfinished.write_bytes(content)
         return unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _private_directory(error: Exception) -> Path:
-    process = os.getpid()
-    with _one_thread:
-        if process not in _private:
-            _private[process] = Path(tempfile.mkdtemp(prefix="mini_flash_attention_"))
-            atexit.register(_remove, _private[process], process)
-            warnings.warn(
-                f"the cache of kernels cannot be used ({error}), so every process makes its own: let "
-                "MINI_FLASH_ATTENTION_CACHE_DIR name a directory to write files in and load them from",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return _private[process]
+def made_directory() -> Path:
+    """Returns the directory, where it was missing, made for this user alone.
+
+    OSError: it cannot be made, or cannot be trusted.
+    """
+    folder = directory()
+    for path in (*reversed(folder.parents), folder):
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                path.mkdir(0o700)
+                path.chmod(0o700)  # the umask may have taken from it
+    _require_trusted_directory(folder)
+    return folder
 
 
-def _remove(path: Path, process: int) -> None:
-    if os.getpid() == process:  # and not a forked child, which inherits what runs at exit
-        shutil.rmtree(path, ignore_errors=True)
+# Trust
+
+
+def _require_trusted(path: Path, status: os.stat_result) -> None:
+    """PermissionError: somebody other than this user and root owns it or may write to it."""
+    if not hasattr(os, "geteuid"):  # Windows: nothing can be told from these numbers
+        return
+    if status.st_uid not in (os.geteuid(), 0):
+        raise PermissionError(f"{path} belongs to user {status.st_uid}, neither to you nor to root")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
+        raise PermissionError(f"others may write to {path}: chmod -R go-w {path}")
+
+
+def _require_trusted_directory(folder: Path) -> None:
+    """Where it is a link, who can change the link chooses the directory."""
+    _require_trusted(folder, folder.lstat())
+    _require_trusted(folder, folder.stat())
+
+
+def _open_trusted(path: str, flags: int) -> int:
+    """For `open`: what is checked is what is read."""
+    file = os.open(path, flags | _PLAIN_FILE, 0o600)
+    try:
+        _require_trusted(Path(path), os.fstat(file))
+    except PermissionError:
+        os.close(file)
+        raise
+    return file

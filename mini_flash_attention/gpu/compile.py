@@ -9,6 +9,7 @@ goes stale. Debugging switches of CuTe DSL (CUTE_DSL_LINEINFO and the like) are 
 an empty cache directory with them.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -38,6 +39,8 @@ INSTALL = (
     "GPU kernels need Linux and: pip install 'nvidia-cutlass-dsl[cu13]' apache-tvm-ffi (without "
     "them there is the CPU backend: MINI_FLASH_ATTENTION_BACKEND=cpu)"
 )
+TESTED = {"nvidia-cutlass-dsl": (4, 8), "apache-tvm-ffi": (0, 1)}  # the newest releases that were
+FORK_TIMEOUT = 20.0  # seconds that a fork waits for another thread that compiles
 
 
 class KernelConfig(Protocol):
@@ -59,9 +62,9 @@ _one_thread = threading.RLock()  # the compiler too serves one thread at a time
 def get(config: KernelConfig) -> Callable:
     """Returns the kernel of `config`: from memory, from disk, or compiled now.
 
-    It takes what its module's `launch` takes first, a record of kernels/calls.py with PyTorch tensors
-    and numbers, or a tuple of the same. It runs on PyTorch's current stream. ImportError says what is
-    not installed.
+    It takes the fields of the record that its module's `launch` takes, one by one: PyTorch tensors and
+    numbers. (A record as one argument takes TVM-FFI longer.) It runs on PyTorch's current stream.
+    ImportError says what is not installed.
     """
     function = _loaded.get(config)
     return _load(config) if function is None else function
@@ -70,24 +73,38 @@ def get(config: KernelConfig) -> Callable:
 def _load(config: KernelConfig) -> Callable:
     with _one_thread:
         if config not in _loaded:
-            path = library(config)
             try:
-                _loaded[config] = _open(path)
+                _loaded[config] = _found_or_compiled(config)
             except Exception as error:
-                _loaded[config] = _open_privately(config, path, error)
+                if _advice():
+                    raise RuntimeError(f"{type(error).__name__}: {error}{_advice()}") from error
+                raise
         return _loaded[config]
 
 
-def _open_privately(config: KernelConfig, path: Path, error: Exception) -> Callable:
-    """Opens a copy of the entry, which may be where nothing can be loaded from, or a new one."""
+def _found_or_compiled(config: KernelConfig) -> Callable:
     try:
-        return _open(cache.store_privately(path.stem, path.suffix, path.read_bytes(), error))
-    except Exception:
-        return _open(cache.store_privately(path.stem, *_compile(config), error))
+        path = library(config)
+    except cache.NotStored as refused:
+        return _open_copy(refused.entry, refused)
+    try:
+        return _open(path)
+    except Exception as error:  # the entry may be where nothing can be loaded from
+        with contextlib.suppress(Exception):
+            return _open_copy((path.stem, path.suffix, path.read_bytes()), error)
+        return _open_copy((path.stem, *_compile(config)), error)
+
+
+def _open_copy(entry: tuple[str, str, bytes], error: Exception) -> Callable:
+    with cache.private_copy(*entry, error) as path:
+        return _open(path)
 
 
 def library(config: KernelConfig) -> Path:
-    """Returns the file with the kernel of `config`, compiled now if the cache doesn't have it."""
+    """Returns the file with the kernel of `config`, compiled now if the cache doesn't have it.
+
+    cache.NotStored: it is compiled, but the cache cannot take it.
+    """
     name = _entry_name(config)
     found = cache.find(name)
     if found is None:
@@ -123,18 +140,42 @@ def _sources() -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def _advice() -> str:
+    """What a failure may come from: packages newer than this version was tested with. Else nothing."""
+    newer, older = [], []
+    for package, tested in TESTED.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+            version = importlib.metadata.version(package)
+            if tuple(int(number) for number in version.split(".")[:2]) > tested:
+                newer.append(f"{package} {version}")
+                older.append("'{}=={}.{}.*'".format(package, *tested))
+    if not newer:
+        return ""
+    return (
+        f". mini-flash-attention {__version__} was not tested with {' and '.join(newer)}, newer than it; "
+        f"perhaps: pip install {' '.join(older)}"
+    )
+
+
 # Compiling and linking
 
 
 def _compile(config: KernelConfig) -> tuple[str, bytes]:
     """Returns (".so", a shared library), or (".o", an object file) where there is no linker."""
+    import cutlass
     import cutlass.cute as cute
 
     from mini_flash_attention.kernels.parts.arguments import stream
 
     kernel = importlib.import_module(f"mini_flash_attention.kernels.{config.kernel}")
+    call = kernel.fake_call(config)
+
+    @cute.jit
+    def launch(config: cutlass.Constexpr, stream, *fields):
+        kernel.launch(type(call)(*fields), config, stream)
+
     options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
-    compiled = cute.compile(kernel.launch, kernel.fake_call(config), config, stream(), options=options)
+    compiled = cute.compile(launch, config, stream(), *call, options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.o")
         compiled.export_to_c(str(path), SYMBOL)
@@ -215,9 +256,14 @@ def precompile(configs: Iterable[KernelConfig], jobs: int | None = None) -> int:
     missing = [c for c in dict.fromkeys(configs) if cache.find(_entry_name(c)) is None]
     if not missing:
         return 0
+    try:
+        where = cache.made_directory()
+    except OSError as error:
+        raise RuntimeError(f"kernels cannot be stored ({error}): {cache.ADVICE}") from error
     failures = []
     jobs = min(jobs or len(os.sched_getaffinity(0)), len(missing))
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=cache.use, initargs=(str(where),)) as pool:
         futures = {pool.submit(_failure, config): config for config in missing}
         _show_progress(0, len(missing))
         for done, future in enumerate(as_completed(futures), start=1):
@@ -233,11 +279,11 @@ def precompile(configs: Iterable[KernelConfig], jobs: int | None = None) -> int:
 def _failure(config: KernelConfig) -> str | None:
     """Compiles, and returns what went wrong as text: not all errors of `cutlass` can be pickled."""
     try:
-        path = library(config)
+        library(config)
+    except cache.NotStored as error:
+        return f"it cannot be stored ({error}): {cache.ADVICE}"
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    if cache.is_private(path):  # which goes with this worker
-        return "cannot be stored: let MINI_FLASH_ATTENTION_CACHE_DIR name a directory to write files in"
+        return f"{type(error).__name__}: {error}{_advice()}"
     return None
 
 
@@ -245,3 +291,25 @@ def _show_progress(done: int, total: int) -> None:
     bar = "#" * (40 * done // total)
     end = "\r" if sys.stderr.isatty() and done < total else "\n"
     print(f"compiling [{bar:.<40}] {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+
+# Forking while another thread compiles
+
+
+def _before_fork() -> None:
+    """A child lacks the thread that would end a compilation, and could not import what is half imported."""
+    _one_thread.acquire(timeout=FORK_TIMEOUT)
+
+
+def _after_fork() -> None:
+    with contextlib.suppress(RuntimeError):  # it took too long
+        _one_thread.release()
+
+
+def _after_fork_in_child() -> None:
+    global _one_thread
+    _one_thread = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

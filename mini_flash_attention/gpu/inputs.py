@@ -16,7 +16,7 @@ from mini_flash_attention.kernels.calls import (
     Score,
     record,
 )
-from mini_flash_attention.philox import keep_threshold, key_of
+from mini_flash_attention.philox import keep_threshold
 from mini_flash_attention.problem import Layout, Problem
 
 
@@ -84,8 +84,8 @@ def with_slopes(score: Score, alibi_slopes: Tensor, batch: int) -> Score:
     return Score(score.scale, score.softcap, alibi_slopes)
 
 
-def dropout(seed: int, dropout_p: float) -> Dropout:
-    """What is dropped. Words as the signed integers that kernels take."""
+def dropout(seed: Tensor, dropout_p: float) -> Dropout:
+    """What is dropped. seed: (1) int64; the threshold as the signed integer that kernels take."""
     threshold = keep_threshold(dropout_p)
-    words = (*key_of(seed), threshold << 16 | threshold)
-    return Dropout(*(word - (word >> 31 << 32) for word in words), 1 / (1 - dropout_p))
+    both = threshold << 16 | threshold
+    return Dropout(seed.view(torch.int32), both - (both >> 31 << 32), 1 / (1 - dropout_p))

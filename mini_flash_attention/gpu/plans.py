@@ -41,7 +41,7 @@ class ForwardPlan(NamedTuple):
     num_sms: int | None = None
     counter: Any | None = None  # None: each call has its own
 
-    def call(self, tensors: Tensors, score: Score, ragged: Ragged | None, seed: int | None) -> Forward:
+    def call(self, tensors: Tensors, score: Score, ragged: Ragged | None, seed: Tensor | None) -> Forward:
         counter = self.counter
         if counter is None and self.num_sms is not None:
             counter = memory.tile_counter(self.device)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mini_flash_attention import kv_append
 from mini_flash_attention.gpu import fast, inputs
@@ -22,9 +23,9 @@ def forward(
 
 def with_cache(
     plan: AttentionPlan,
-    append_plan: AppendPlan | None,
     problem: Problem,
     x: Inputs,
+    append_plan: AppendPlan | None,
     update: CacheUpdate | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -60,6 +61,8 @@ def attend(
         usable = result is not None and plan.results.whole and inputs.in_place(result)
         x = record(Inputs, (q, k, v, *x[3:]))
         done, lse = launch(plan, problem, x, ragged, result if usable else None, with_lse)
+        if usable:
+            increment_version(out)
         if not plan.results.whole:
             done = done[..., : problem.head_dim].contiguous()
     if result is not None and done is not result:
@@ -90,16 +93,17 @@ def launch(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel, into `out` if given. ValueError: it cannot read a tensor; it has done nothing then."""
-    q, k, v, alibi_slopes, seed, _ = x
-    like_q, like_lse, lse, *_ = plan.results
+    q, k, v, alibi_slopes, seed, *_ = x
+    results = plan.results
     if out is None:
-        out = empty_like(q, like_q)
+        out = empty_like(q, results.out)
+    lse = results.unread_lse
     if with_lse or lse is None:
-        lse = fast.allocate(*like_lse)
+        lse = fast.allocate(*results.lse)
     score = plan.score
     if alibi_slopes is not None:
         score = inputs.with_slopes(score, alibi_slopes, problem.batch)
-    plan.launch(plan.call((q, k, v, out, lse), score, ragged, seed))
+    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, seed))
     return out, lse if with_lse else None
 
 
@@ -173,7 +177,7 @@ def launch_backward(
         turns,
         plan.num_sms,
     )
-    plan.launch(call)
+    plan.launch(*call)
     return gradients
 
 
@@ -184,11 +188,12 @@ def append(
     if plan is not None:
         out = None if update.rotary_cos is None else empty_like(x.q, plan.q)
         try:
-            plan.launch(plan.call(x.q, out, x.k, x.v, update, ragged))
+            plan.launch(*plan.call(x.q, out, x.k, x.v, update, ragged))
         except ValueError:
             rotated = () if out is None else (x.q, out)
             if inputs.in_place(update.k, update.v, x.k, x.v, *rotated):  # refused for another reason
                 raise
         else:
+            increment_version((x.k, x.v))
             return x if out is None else x._replace(q=out)
     return kv_append.append(problem, x, update)

@@ -38,8 +38,7 @@ class Score(NamedTuple):
 class Dropout(NamedTuple):
     """Which probabilities are dropped: parts/dropout.py, ../philox.py."""
 
-    key0: Int32  # the seed
-    key1: Int32
+    seed: Tensor  # (2) int32: drawn on the device, so that a captured graph drops anew in each replay
     threshold: Int32  # in both halves: an element is dropped if its 15 random bits reach it
     rescale: Float32  # 1 / (1 - dropout_p)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from emulator.capture import Library
 from emulator.emulate import emulate
 from mini_flash_attention import philox
-from mini_flash_attention.gpu import config
+from mini_flash_attention.gpu import config, inputs
 from mini_flash_attention.kernels import calls
 
 library = functools.cache(Library)
@@ -43,9 +43,7 @@ class Options(NamedTuple):
         if self.dropout is None:
             return None
         seed, p = self.dropout
-        threshold = philox.keep_threshold(p)
-        words = *philox.key_of(seed), threshold << 16 | threshold
-        return calls.Dropout(*(word - (word >> 31 << 32) for word in words), 1 / (1 - p))  # as signed words
+        return inputs.dropout(torch.tensor([seed]), p)
 
     def reference(self, q: Tensor, k: Tensor, b: int | None = None) -> dict[str, Any]:
         """For reference.attention; b: of one sequence of a ragged batch."""

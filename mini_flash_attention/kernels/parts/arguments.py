@@ -98,7 +98,9 @@ def fake_score(config) -> Score:
 
 
 def fake_dropout(config) -> Dropout | None:
-    return Dropout(NUMBER, NUMBER, NUMBER, Float32(1)) if config.dropout else None
+    if not config.dropout:
+        return None
+    return Dropout(make_fake_compact_tensor(Int32, (2,)), NUMBER, Float32(1))
 
 
 def fake_ragged() -> Ragged:

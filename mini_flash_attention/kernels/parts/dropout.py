@@ -26,12 +26,17 @@ def counter(row: Int32, key: Int32) -> tuple[Int32, Int32]:
     return row & ~8, key & ~9
 
 
+def read_seed(dropout: Dropout) -> tuple[Uint32, Uint32]:
+    """Its two words. For each tile anew: kept, they would take registers that spill."""
+    return Uint32(dropout.seed[0]), Uint32(dropout.seed[1])
+
+
 @cute.jit
-def random_words(dropout: Dropout, row: Int32, key: Int32, batch_head: Int32) -> tuple:
-    """philox.philox of an element's counter: four words."""
+def random_words(seed: tuple, row: Int32, key: Int32, batch_head: Int32) -> tuple:
+    """philox.philox of an element's counter: four words. seed: what read_seed gives."""
     c0, c1 = (Uint32(c) for c in counter(row, key))
     c2, c3 = Uint32(batch_head), Uint32(0)
-    k0, k1 = Uint32(dropout.key0), Uint32(dropout.key1)
+    k0, k1 = seed
     for _ in cutlass.range_constexpr(ROUNDS):
         product0 = Uint64(c0) * Uint64(MULTIPLIERS[0])
         product1 = Uint64(c2) * Uint64(MULTIPLIERS[1])
@@ -58,10 +63,10 @@ def mark(dropout: Dropout, P: cute.Tensor, rows: tuple, key: Int32, batch_head: 
     of every 16. key: its first column. Both count from the start of the sequence. batch_head: batch * heads_q
     + head.
     """
-    pairs = rows_cols(cute.recast_tensor(P, Int32))
+    pairs, seed = rows_cols(cute.recast_tensor(P, Int32)), read_seed(dropout)
     for m in cutlass.range_constexpr(len(rows)):
         for c in cutlass.range_constexpr(0, cute.size(pairs, mode=[1]), 2):
-            words = random_words(dropout, rows[m], key + 8 * c, batch_head)
+            words = random_words(seed, rows[m], key + 8 * c, batch_head)
             for i in cutlass.range_constexpr(4):
                 r, right = 2 * m + i // 2, c + i % 2
                 pairs[r, right] = marked(dropout, pairs[r, right], words[i])
@@ -74,11 +79,11 @@ def mark_transposed(dropout: Dropout, P: cute.Tensor, keys: tuple, query: Int32,
     P: as in `mark`. keys: the thread's first row of every 16. query: its first column. batch_head: batch *
     heads_q + head.
     """
-    pairs = rows_cols(cute.recast_tensor(P, Int32))
+    pairs, seed = rows_cols(cute.recast_tensor(P, Int32)), read_seed(dropout)
     odd = keys[0] & 1
     for m in cutlass.range_constexpr(len(keys)):
         for c in cutlass.range_constexpr(0, cute.size(pairs, mode=[1]), 2):
-            own = random_words(dropout, query + 8 * c + odd, keys[m], batch_head)
+            own = random_words(seed, query + 8 * c + odd, keys[m], batch_head)
             got = [cute.arch.shuffle_sync_bfly(x, 4) for x in to_send(permute, own, odd)]
             words = of_pairs(permute, own, got, odd)
             for i in cutlass.range_constexpr(4):
