@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import backend, checks
-from mini_flash_attention.checks import Names
 from mini_flash_attention.problem import (
     Inputs,
     Layout,
@@ -20,12 +19,6 @@ from mini_flash_attention.problem import (
 )
 
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
-QKV = Names(
-    dict.fromkeys(("q", "k", "v"), "qkv")
-    | {"cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens"}
-    | {"max_seqlen_q": "max_seqlen", "max_seqlen_k": "max_seqlen"}
-)
-KV = Names(k="kv", v="kv")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -129,8 +122,7 @@ def flash_attn_qkvpacked_func(
     """
     q, k, v = _unpack("qkv", qkv, "batch, seqlen, 3, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = dense(q, k, v, options, QKV)
-    return _attention(problem, x, None, return_attn_probs)
+    return flash_attn_func(q, k, v, *options, return_attn_probs)
 
 
 @_graph_break
@@ -156,8 +148,7 @@ def flash_attn_kvpacked_func(
     """
     k, v = _unpack("kv", kv, "batch, seqlen, 2, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = dense(q, k, v, options, KV)
-    return _attention(problem, x, None, return_attn_probs)
+    return flash_attn_func(q, k, v, *options, return_attn_probs)
 
 
 @_graph_break
@@ -254,10 +245,9 @@ def flash_attn_varlen_qkvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
     """
     q, k, v = _unpack("qkv", qkv, "total, 3, heads, head_dim")
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = varlen(q, k, v, lengths, options, None, QKV)
-    return _attention(problem, x, None, return_attn_probs)
+    return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
 
 
 @_graph_break
@@ -286,10 +276,9 @@ def flash_attn_varlen_kvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
     """
     k, v = _unpack("kv", kv, "total, 2, heads, head_dim")
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = varlen(q, k, v, lengths, options, None, KV)
-    return _attention(problem, x, None, return_attn_probs)
+    return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
 
 
 @_graph_break
@@ -365,21 +354,14 @@ def flash_attn_with_kvcache(
     new = (k, v, rotary_cos, rotary_sin, rotary_interleaved)
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
-    if type(return_softmax_lse) is not bool:
-        return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
     out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
 
 
 def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_probs: bool) -> Output:
-    if type(return_attn_probs) is not bool:
-        return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)
-    q, k, v, *_ = x
-    learned = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    learned = learned and not backend.differentiates_itself(problem, x)
     if problem.dropout_p:
         x = x._replace(seed=_draw_seed(problem.device))
-    if learned:
+    if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
         if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
             problem = replace(problem, deterministic=True)
         out, lse = Attention.apply(problem, *x)
@@ -407,13 +389,11 @@ class Attention(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         seed: int | None,
         layout: Layout | None,
-        plain: bool,
     ) -> tuple[Tensor, Tensor]:
-        x = Inputs(q, k, v, alibi_slopes, seed, layout, plain)
+        x = Inputs(q, k, v, alibi_slopes, seed, layout)
         out, lse = backend.forward(problem, x)
-        if not problem.page_size:
-            ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
-        ctx.problem, ctx.seed, ctx.plain = problem, seed, plain
+        ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
+        ctx.problem, ctx.seed = problem, seed
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
 
@@ -421,13 +401,11 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("attention has no second derivative: create_graph must be False")
-        if ctx.problem.page_size:
-            raise NotImplementedError("block_table: attention to pages has no gradient")
         q, k, v, alibi_slopes, out, lse, *layout = ctx.saved_tensors
-        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None, ctx.plain)
+        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
         if dout is None:
             dout = torch.zeros_like(out)
-        return None, *backend.backward(ctx.problem, x, out, lse, dout, dlse), None, None, None, None
+        return None, *backend.backward(ctx.problem, x, out, lse, dout, dlse), None, None, None
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:

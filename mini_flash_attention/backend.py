@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch as dispatch_modes
 
-from mini_flash_attention import cpu, kv_append, tensors
-from mini_flash_attention.checks import Names
-from mini_flash_attention.environment import forced_backend
+from mini_flash_attention import cpu, environment, kv_append
 from mini_flash_attention.gpu import config, fast, plans, run
 from mini_flash_attention.problem import CacheUpdate, Inputs, Problem
 
-GRADIENTS = Names(dout="the gradient of out", dlse="the gradient of softmax_lse")
+HERE = nullcontext()
+forced_backend = environment.reader("MINI_FLASH_ATTENTION_BACKEND")
 
 
 @functools.cache
@@ -29,7 +27,7 @@ def choose(device: torch.device, forced: str | None) -> str:
         raise ValueError(
             f"MINI_FLASH_ATTENTION_BACKEND={forced} needs CUDA tensors, but they are on {device}"
         )
-    if torch.version.hip:
+    if torch.version.hip:  # else a gfx90a, which reports (9, 0), would be given Hopper's code
         raise RuntimeError(
             f"mini-flash-attention needs an NVIDIA GPU, which {torch.cuda.get_device_name(device)} is not; "
             "MINI_FLASH_ATTENTION_BACKEND=cpu runs on it with PyTorch operations"
@@ -85,21 +83,8 @@ def forward(
     plan = attention_plan(problem, 0, forced_backend())
     if plan is None:
         return on_cpu(cpu.forward, problem, x, out)
-    return on_gpu(run.forward, plan, problem, x, out, with_lse)
-
-
-def differentiates_itself(problem: Problem, x: Inputs) -> bool:
-    """Whether PyTorch is to differentiate the operations of `forward`: torch.func and forward mode do so.
-
-    NotImplementedError: kernels serve the call.
-    """
-    followed = tensors.in_transform() or any(map(tensors.has_tangent, x[:3]))
-    if followed and choose(problem.device, forced_backend()) != "cpu":
-        raise NotImplementedError(
-            "q, k or v requires a gradient: on a GPU not inside of torch.func nor in forward mode; "
-            "MINI_FLASH_ATTENTION_BACKEND=cpu computes it with PyTorch operations"
-        )
-    return followed
+    with on_gpu(plan):
+        return run.forward(plan, problem, x, out, with_lse)
 
 
 def backward(
@@ -109,10 +94,8 @@ def backward(
     plan = backward_plan(problem, forced_backend())
     if plan is None:
         return on_cpu(cpu.backward, problem, x, out, lse, dout, dlse)
-    given = {"dout": dout} if dlse is None else {"dout": dout, "dlse": dlse}
-    if not tensors.look(given, GRADIENTS).plain:
-        x = x._replace(plain=False)
-    return on_gpu(run.backward, plan, problem, x, out, lse, dout, dlse)
+    with on_gpu(plan):
+        return run.backward(plan, problem, x, out, lse, dout, dlse)
 
 
 def with_cache(
@@ -130,7 +113,8 @@ def with_cache(
         if update.rotary_cos is not None:
             rotary = "interleaved" if update.interleaved else "halves"
         append = append_plan(problem, update.added, rotary)
-    return on_gpu(run.with_cache, plan, problem, x, append, update, with_lse)
+    with on_gpu(plan):
+        return run.with_cache(plan, append, problem, x, update, with_lse)
 
 
 def dropout_probabilities(problem: Problem, x: Inputs, lse: Tensor) -> Tensor:
@@ -140,25 +124,10 @@ def dropout_probabilities(problem: Problem, x: Inputs, lse: Tensor) -> Tensor:
 
 def on_cpu(function: Callable[..., Any], problem: Problem, *arguments: Any) -> Any:
     """Without autocast, which would cast what the PyTorch operations compute."""
-    with torch.autocast(problem.device.type, enabled=False), unseen():
+    with torch.autocast(problem.device.type, enabled=False):
         return function(problem, *arguments)
 
 
-def unseen() -> AbstractContextManager:
-    """Dispatch modes see no operation: selective checkpointing would keep results that are written over.
-
-    But modes that trace, or in which tensors have no memory, see them all.
-    """
-    modes = dispatch_modes._get_current_dispatch_mode_stack()
-    traced = any(mode.is_infra_mode() for mode in modes)
-    return dispatch_modes._disable_current_modes() if modes and not traced else nullcontext()
-
-
-def on_gpu(function: Callable[..., Any], plan: Any, problem: Problem, x: Inputs, *arguments: Any) -> Any:
-    """With plain tensors, and the plan's device as the current one, where kernels run and memory is taken."""
-    if not x.plain:
-        x, *arguments = tensors.settled((x, *arguments))
-    if fast.current_device() == plan.device:
-        return function(plan, problem, x, *arguments)
-    with torch.cuda.device(plan.device):
-        return function(plan, problem, x, *arguments)
+def on_gpu(plan: Any) -> AbstractContextManager:
+    """The plan's device is the current one, on which kernels run and memory is allocated."""
+    return HERE if fast.current_device() == plan.device else torch.cuda.device(plan.device)

@@ -1,25 +1,23 @@
 """Every rule that the arguments of a call must obey: on facts, on numbers, on values in device memory.
 
-Facts are what the host knows of a tensor. Values (lengths, tables) are checked on the CPU, and on a GPU by a
-debug switch, MINI_FLASH_ATTENTION_CHECK=1: there it waits for the device in each call of
-flash_attn_varlen_func and flash_attn_with_kvcache, so it has no place in a graph capture. Without it wrong
-lengths are cut to what the tensors hold, wrong pages and rows may be read, and nothing outside the tensors
-is written. MINI_FLASH_ATTENTION_CHECK=0 turns it off on the CPU too.
+Facts are what the host knows of a tensor. Values (lengths, tables) are checked by a debug switch,
+MINI_FLASH_ATTENTION_CHECK=1: it waits for the device in each call of flash_attn_varlen_func and
+flash_attn_with_kvcache, so it has no place in a graph capture. Without it wrong lengths are cut to
+what the tensors hold, wrong pages and rows may be read, and nothing outside the tensors is written.
 
 An error names the argument: TypeError or ValueError, before anything runs.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention import environment, tensors
+from mini_flash_attention import environment
 from mini_flash_attention.kernels.decode.splits import MAX_SPLITS
-from mini_flash_attention.tensors import Facts
 
 if TYPE_CHECKING:
     from mini_flash_attention.problem import CacheUpdate, Layout, Lengths, Problem
@@ -27,17 +25,9 @@ if TYPE_CHECKING:
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
+Facts = tuple[torch.Size, torch.dtype, torch.device]  # of a tensor
+
 _switch = environment.reader("MINI_FLASH_ATTENTION_CHECK")
-
-
-class Names(dict[str, str]):
-    """What the caller calls our arguments: the same, but for some that packed functions have."""
-
-    def __missing__(self, name: str) -> str:
-        return name
-
-
-OUR_NAMES = Names()
 
 
 def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
@@ -49,14 +39,15 @@ def require(condition: bool, message: str, error: type[Exception] = ValueError) 
 
 
 def facts(name: str, x: Tensor) -> Facts:
-    require(isinstance(x, Tensor), f"{name} must be a torch.Tensor, not {type(x).__name__}", TypeError)
+    if not isinstance(x, Tensor):
+        raise TypeError(not_a_tensor(**{name: x}))
     return x.shape, x.dtype, x.device
 
 
-def every(words: Iterable[object]) -> str:
-    """a, b and c."""
-    *others, last = map(str, words)
-    return f"{', '.join(others)} and {last}" if others else last
+def not_a_tensor(**arguments: object) -> str:
+    """What to say of the first argument that is none."""
+    name, value = next(item for item in arguments.items() if not isinstance(item[1], Tensor))
+    return f"{name} must be a torch.Tensor, not {type(value).__name__}"
 
 
 def rank(name: str, shape: torch.Size, dims: str) -> None:
@@ -72,19 +63,19 @@ def sizes(name: str, shape: torch.Size, dims: str, sizes: tuple[int | None, ...]
     require(fits, f"{name} must have shape ({dims}) = ({wanted}), not {tuple(shape)}")
 
 
-def heads(q: torch.Size, k: torch.Size, v: torch.Size, names: tuple[str, str, str]) -> None:
+def heads(q: torch.Size, k: torch.Size, v: torch.Size, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
     """The last two dimensions, heads and head_dim, of q, k and v fit each other."""
     name_q, name_k, name_v = names
-    all_three = every(dict.fromkeys(names))
+    every = f"{name_q}, {name_k} and {name_v}"
     one_shape(name_k, k, name_v, v)
     (heads_q, head_dim), (heads_k, head_dim_k) = q[-2:], k[-2:]
     unlike = f"but {name_q} has {head_dim} and {name_k} has {head_dim_k}"
-    require(head_dim == head_dim_k, f"{all_three} must have one head_dim, {unlike}")
-    range_of = f"head_dim of {all_three} must be in 1 to {MAX_HEAD_DIM}, not {head_dim}"
+    require(head_dim == head_dim_k, f"{every} must have one head_dim, {unlike}")
+    range_of = f"head_dim of {every} must be in 1 to {MAX_HEAD_DIM}, not {head_dim}"
     require(1 <= head_dim <= MAX_HEAD_DIM, range_of)
-    of_q, of_k = f"the heads of {name_q} ({heads_q})", f"the heads of {name_k} ({heads_k})"
-    require(heads_q > 0 and heads_k > 0, f"{every(dict.fromkeys((of_q, of_k)))} must be at least 1")
-    require(heads_q % heads_k == 0, f"{of_q} must be a multiple of {of_k}")
+    multiple = heads_q > 0 and heads_k > 0 and heads_q % heads_k == 0
+    message = f"the heads of {name_q} ({heads_q}) must be a multiple of the heads of {name_k} ({heads_k})"
+    require(multiple, message)
 
 
 def one_shape(name_k: str, k: torch.Size, name_v: str, v: torch.Size) -> None:
@@ -92,36 +83,29 @@ def one_shape(name_k: str, k: torch.Size, name_v: str, v: torch.Size) -> None:
     require(k == v, f"{name_k} and {name_v} must have one shape, but {shapes}")
 
 
-def one_dtype_and_device(
-    facts: Mapping[str, Facts], which: tuple[str, str, str], names: tuple[str, str, str]
-) -> tuple[torch.dtype, torch.device]:
-    """Of q, k and v; names: what the caller calls `which`."""
-    all_three = every(dict.fromkeys(names))
-    _, dtypes, devices = zip(*(facts[name] for name in which), strict=True)
+def dtypes_and_devices(
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[torch.device, ...],
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> None:
+    every = "{}, {} and {}"
     for what, values in (("dtype", dtypes), ("device", devices)):
-        unlike = every(dict(zip(names, values, strict=True)).values())
-        require(len(set(values)) == 1, f"{all_three} must have one {what}, but they have {unlike}")
+        message = f"{every.format(*names)} must have one {what}, but they have {every.format(*values)}"
+        require(len(set(values)) == 1, message)
     allowed = ", ".join(str(dtype) for dtype in DTYPES)
-    require(dtypes[0] in DTYPES, f"{all_three} must be one of {allowed}, not {dtypes[0]}", TypeError)
-    no_memory = f"{all_three} must lie in memory: the device meta has none"
-    require(devices[0].type != "meta", no_memory, TypeError)
-    return dtypes[0], devices[0]
+    message = f"{every.format(*names)} must be one of {allowed}, not {dtypes[0]}"
+    require(dtypes[0] in DTYPES, message, TypeError)
 
 
 def index(
-    facts: Mapping[str, Facts],
-    names: Names,
-    device: torch.device,
-    which: str,
-    dims: str,
-    wanted: tuple[int | None, ...] | None = None,
+    name: str, x: Facts | None, device: torch.device, dims: str, wanted: tuple[int | None, ...] | None = None
 ) -> None:
     """An int32 tensor of the sizes `wanted`, if it is given; a size of None may be any."""
-    if which not in facts:
+    if x is None:
         return
-    (shape, dtype, its_device), name = facts[which], names[which]
+    shape, dtype, its_device = x
     require(dtype == torch.int32, f"{name} must be torch.int32, not {dtype}", TypeError)
-    require(its_device == device, f"{name} is on {its_device}, but {names['q']} is on {device}")
+    require(its_device == device, f"{name} is on {its_device}, but q is on {device}")
     rank(name, shape, dims)
     if wanted is not None:
         sizes(name, shape, dims, wanted)
@@ -136,7 +120,7 @@ def new_keys(
     v: Facts | None,
     wanted: tuple[int | None, ...],
     q: tuple[torch.dtype, torch.device],
-    has_length: bool,
+    cache_seqlens: object,
 ) -> None:
     """What is to be appended to a cache."""
     require((k is None) == (v is None), "k and v must be given together")
@@ -147,7 +131,7 @@ def new_keys(
         like_q(name, x, q)
     one_shape("k", k[0], "v", v[0])
     message = "cache_seqlens must be given with k and v: where in the cache they go"
-    require(has_length, message)
+    require(cache_seqlens is not None, message)
 
 
 def rotary(
@@ -176,12 +160,14 @@ def rotary(
     require(rotary_dim % 16 == 0 and 0 < rotary_dim <= head_dim, message)
 
 
-def not_learned(alibi_slopes: Tensor) -> None:
+def facts_of_alibi(alibi_slopes: Tensor) -> Facts:
+    found = facts("alibi_slopes", alibi_slopes)
     learned = alibi_slopes.requires_grad and torch.is_grad_enabled()
     require(not learned, "alibi_slopes gets no gradient: pass alibi_slopes.detach()")
+    return found
 
 
-def alibi(slopes: Facts | None, batch: int, heads: int, device: torch.device, name_q: str = "q") -> None:
+def alibi(slopes: Facts | None, batch: int, heads: int, device: torch.device) -> None:
     if slopes is None:
         return
     shape, dtype, its_device = slopes
@@ -189,39 +175,26 @@ def alibi(slopes: Facts | None, batch: int, heads: int, device: torch.device, na
     message = f"alibi_slopes must have shape {allowed}, not {tuple(shape)}"
     require(shape in ((heads,), (batch, heads)), message)
     require(dtype == torch.float32, f"alibi_slopes must be torch.float32, not {dtype}", TypeError)
-    require(its_device == device, f"alibi_slopes is on {its_device}, but {name_q} is on {device}")
+    require(its_device == device, f"alibi_slopes is on {its_device}, but q, k and v are on {device}")
 
 
-def no_gradient(what: str, given: Mapping[str, Tensor]) -> None:
-    """None of the tensors requires a gradient; the caller knows that gradients are enabled."""
-    for name, x in given.items():
-        if x.requires_grad:
-            raise ValueError(
-                f"{what} has no gradient, but {name} requires one: call it under torch.no_grad()"
-            )
-
-
-def alone(name: str, x: Tensor, given: Mapping[str, Tensor], rows: str) -> None:
-    """What is written to x changes no other argument, and no other place of x; `rows` may be x itself."""
-    require(
-        not tensors.overlaps_itself(x),
-        f"{name} must not overlap itself, as it does with strides {x.stride()}",
-    )
-    for other, y in given.items():
-        same = other == rows and y.data_ptr() == x.data_ptr() and y.stride() == x.stride()
-        if other != name and not same and tensors.share_memory(x, y):
-            beside = f", or be {rows} itself" if other == rows else ""
-            raise ValueError(f"{name} must share no memory with {other}{beside}")
+def no_gradient(what: str, *tensors: Tensor | None) -> None:
+    """None of the tensors requires a gradient while gradients are enabled."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"{what} has no gradient, but an input requires one: call it under torch.no_grad()"
+                )
 
 
 def packed(name: str, x: Tensor, dims: str) -> int:
     """The dimension along which q, k and v are packed: the one whose name is a number."""
-    tensors.look({name: x}, OUR_NAMES)
-    shape = x.shape
+    facts(name, x)
     names = dims.split(", ")
     place = len(names) - 3
-    fits = len(shape) == len(names) and shape[place] == int(names[place])
-    require(fits, f"{name} must have shape ({dims}), not {tuple(shape)}")
+    fits = x.ndim == len(names) and x.shape[place] == int(names[place])
+    require(fits, f"{name} must have shape ({dims}), not {tuple(x.shape)}")
     return place
 
 
@@ -232,10 +205,6 @@ def pair(window_size: object) -> Sequence[int | None]:
     """The two numbers of a window_size that is not a tuple of two."""
     if window_size is None:
         return None, None
-    if isinstance(window_size, Tensor):
-        require(
-            tensors.is_plain(window_size), "window_size must be a tensor whose values can be read", TypeError
-        )
     two = window_size.tolist() if hasattr(window_size, "tolist") else window_size
     message = f"window_size must be a pair of ints, not {type(window_size).__name__}"
     require(isinstance(two, (tuple, list)), message, TypeError)
@@ -253,13 +222,13 @@ def limit(side: str, value: int | None) -> int | None:
 
 
 def max_seqlen(name: str, value: int | Tensor) -> int | None:
-    """The caller's number; None where it can't be read, or lives on a GPU, for which that would wait."""
+    """The caller's number; None where it lives on a GPU: reading it would wait for the GPU."""
     if type(value) is int and value >= 0:
         return value
     if isinstance(value, Tensor):
         one_int = value.numel() == 1 and not value.is_floating_point() and not value.is_complex()
         require(one_int, f"{name} must be an int or an integer tensor of one element", TypeError)
-        if value.device.type != "cpu" or not tensors.is_plain(value):
+        if value.device.type != "cpu":
             return None
         value = value.item()
     integer(name, value)
@@ -318,44 +287,36 @@ def length(problem: "Problem", before: int, update: "CacheUpdate | None") -> Non
 
 
 def positions(problem: "Problem", update: "CacheUpdate") -> int:
-    """Rows of the rotary tables that a sequence takes, behind those of the keys it has.
-
-    Without new tokens the queries stand for none: where there is no row for them, they take the last one.
-    """
-    return max(update.added, problem.seqlen_q if problem.windowed else 1) if update.added else 0
+    """Rows of the rotary tables that a sequence takes, behind those of the keys it has."""
+    return max(update.added, problem.seqlen_q if problem.windowed else 1)
 
 
 # Values on the device
 
 
-def of_values(on_cpu: bool = False) -> bool:
-    """Whether to check them: as the switch says, and if it says nothing, on the CPU."""
-    switch = _switch()
-    return switch.lower() not in ("0", "false", "no", "off") if switch else on_cpu
+def of_values() -> bool:
+    """Whether the debug switch is on."""
+    return (_switch() or "0").lower() not in ("0", "false", "no", "off")
 
 
-def values_of_varlen(
-    problem: "Problem", layout: "Layout", given: "Lengths", num_pages: int, names: Names
-) -> None:
+def values_of_varlen(problem: "Problem", layout: "Layout", given: "Lengths", num_pages: int) -> None:
     """What flash_attn_varlen_func is given.
 
     With pages the layout may have the lengths that cu_seqlens_k gives as seqused_k. num_pages: of k.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _, seqused_k = given
-    longest_q, longest_k = (names["max_seqlen_q"], max_seqlen_q), (names["max_seqlen_k"], max_seqlen_k)
-    name_q, name_k = names["cu_seqlens_q"], names["cu_seqlens_k"]
-    lengths = _lengths(name_q, cu_seqlens_q.tolist(), problem.seqlen_q)
-    _check_longest(name_q, lengths, *longest_q)
+    lengths = _lengths("cu_seqlens_q", cu_seqlens_q.tolist(), problem.seqlen_q)
+    _check_longest("cu_seqlens_q", "max_seqlen_q", lengths, max_seqlen_q)
     storage = [problem.seqlen_k] * problem.batch
     if cu_seqlens_k is not None:
         total = problem.seqlen_k if problem.packed_k else None
-        lengths = _lengths(name_k, cu_seqlens_k.tolist(), total)
+        lengths = _lengths("cu_seqlens_k", cu_seqlens_k.tolist(), total)
         storage = lengths if problem.packed_k else storage
-        _check_longest(name_k, lengths, *longest_k)
+        _check_longest("cu_seqlens_k", "max_seqlen_k", lengths, max_seqlen_k)
     if layout.seqused_k is not None:
-        lengths, name = layout.seqused_k.tolist(), name_k if seqused_k is None else "seqused_k"
+        lengths, name = layout.seqused_k.tolist(), "cu_seqlens_k" if seqused_k is None else "seqused_k"
         _check_range(name, lengths, storage)
-        _check_longest(name, lengths, *longest_k)
+        _check_longest(name, "max_seqlen_k", lengths, max_seqlen_k)
     if layout.block_table is not None:
         starts = [0] * problem.batch
         _check_pages(problem, layout, range(problem.batch), starts, lengths, num_pages)
@@ -400,13 +361,11 @@ def _lengths(name: str, starts: list[int], total: int | None) -> list[int]:
     return [end - start for start, end in zip(starts, starts[1:], strict=False)]
 
 
-def _check_longest(name: str, lengths: list[int], name_longest: str, longest: int | Tensor) -> None:
-    """Only where the switch asks for it: a wrong one does no harm."""
-    if of_values():
-        longest = int(longest)
-        for b, length in enumerate(lengths):
-            message = f"{name}: sequence {b} has {length} tokens, but {name_longest} is {longest}"
-            require(length <= longest, message)
+def _check_longest(name: str, name_longest: str, lengths: list[int], longest: int | Tensor) -> None:
+    longest = int(longest)
+    for b, length in enumerate(lengths):
+        message = f"{name}: sequence {b} has {length} tokens, but {name_longest} is {longest}"
+        require(length <= longest, message)
 
 
 def _check_range(name: str, values: list[int], largest: list[int]) -> None:

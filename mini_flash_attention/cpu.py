@@ -11,9 +11,6 @@ number is the group) are stacked as rows, so no key is ever repeated. With h = b
 
 Sequences of different lengths come one after the other, each as a dense batch of one.
 Works on any device and any strides. Computes in float32, for float64 inputs in float64.
-
-PyTorch can differentiate `forward` itself, as forward mode and torch.func do: nothing that a derivative needs
-is written over, and the maxima, on which no result depends, are constants.
 """
 
 import math
@@ -23,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention import tensors
 from mini_flash_attention.kernels.parts.blocks import key_blocks, query_blocks
 from mini_flash_attention.philox import keep_mask
 from mini_flash_attention.problem import Inputs, Layout, Problem
@@ -48,9 +44,6 @@ def forward(problem: Problem, x: Inputs, out: Tensor | None = None) -> tuple[Ten
         lse: (batch, heads_q, seqlen_q), packed (heads_q, total_q), natural logarithm, in the dtype of
             the computation.
     """
-    if tensors.in_transform():  # vmap writes the results of batched tensors only to a batched one
-        others = (y for y in (x.k, x.v, x.alibi_slopes) if y is not None)
-        x = x._replace(q=sum((y.new_zeros((), dtype=problem.dtype) for y in others), x.q))
     if out is None:
         out = x.q.new_zeros(x.q.shape) if problem.packed_q else x.q.new_empty(x.q.shape)
     sizes = (problem.heads_q, problem.seqlen_q)
@@ -85,18 +78,18 @@ def forward_dense(problem: Problem, x: Inputs, first: int, out: Tensor, lse: Ten
             gK, gV = load_keys(problem, x.k, keys), load_keys(problem, x.v, keys)
             acc_S, _ = scores(problem, gQ, gK, rows, keys, x.alibi_slopes)
 
-            old_max, row_max = row_max, torch.maximum(row_max, acc_S.detach().amax(-1, keepdim=True))
+            old_max, row_max = row_max, torch.maximum(row_max, acc_S.amax(-1, keepdim=True))
             offset = row_max.masked_fill(row_max == -INF, 0)  # no key so far: not -inf - -inf
             rescale = torch.exp(old_max - offset)
             acc_P = acc_S.sub_(offset).exp_()
             row_sum.mul_(rescale).add_(acc_P.sum(-1, keepdim=True))
             if problem.dropout_p > 0:
-                acc_P = acc_P * kept(problem, x.seed, first, rows, keys)
+                acc_P.mul_(kept(problem, x.seed, first, rows, keys))
             acc_O.mul_(rescale).baddbmm_(acc_P, gV)
             del acc_S, acc_P  # the next tile takes over their memory, which is still in cache
 
-        row_sum = row_sum.masked_fill(row_sum == 0, 1)  # without keys, where row_max is -inf and acc_O is 0
         store_rows(problem, row_max + row_sum.log(), lse, rows)
+        row_sum.masked_fill_(row_sum == 0, 1)  # a row without keys, where acc_O is 0
         store_rows(problem, acc_O / (row_sum * (1 - problem.dropout_p)), out, rows)
 
 
@@ -204,7 +197,7 @@ class Sequence(NamedTuple):
 
 
 def sequences(problem: Problem, layout: Layout) -> list[Sequence]:
-    """All sequences, cut to what the tensors hold, as in kernels/parts/seqlen.py."""
+    """All sequences that have queries, cut to what the tensors hold, as in kernels/parts/seqlen.py."""
     starts_q, starts_k, used, leftpad, storage = (None if x is None else x.tolist() for x in layout[:5])
     if layout.keys is not None:
         used = [layout.keys] * problem.batch
@@ -218,7 +211,8 @@ def sequences(problem: Problem, layout: Layout) -> list[Sequence]:
         if leftpad is not None:
             start = clamp(start + leftpad[b], start, end)
         row = 0 if problem.packed_k else b if storage is None else storage[b]
-        found.append(Sequence(b, rows, row, slice(start, end)))
+        if rows.start < rows.stop:
+            found.append(Sequence(b, rows, row, slice(start, end)))
     return found
 
 

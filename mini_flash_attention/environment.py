@@ -14,6 +14,3 @@ def reader(name: str) -> Callable[[], str | None]:
         return lambda: os.environ.get(name)
     key = _environ.encodekey(name)
     return lambda: os.environ.get(name) if key in _values or os.environ is not _environ else None
-
-
-forced_backend = reader("MINI_FLASH_ATTENTION_BACKEND")

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini_flash_attention import checks, tensors
-from mini_flash_attention.tensors import Facts
+from mini_flash_attention import checks
+from mini_flash_attention.checks import Facts
 
 
 def unpad_input(
@@ -89,9 +89,12 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
 
 def _facts(name: str, x: Tensor) -> Facts:
-    if isinstance(x, Tensor) and (x.is_nested or x.layout is not torch.strided):
-        raise TypeError(f"{name} {tensors.why_not(x, kernels=False, written=False)}")
-    return checks.facts(name, x)
+    facts = checks.facts(name, x)
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor: its values and offsets are packed sequences already")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} has the layout {x.layout}: pass it .to_dense()")
+    return facts
 
 
 def _selected(name: str, mask: Tensor, hidden_states: Tensor) -> Tensor:

@@ -4,19 +4,18 @@
 and Inputs, the tensors to compute it with. Errors in arguments are raised here, by the rules in checks.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention import checks, tensors
-from mini_flash_attention.checks import OUR_NAMES, Names, require
+from mini_flash_attention import checks
+from mini_flash_attention.checks import Facts, require
 from mini_flash_attention.kernels.calls import record
-from mini_flash_attention.tensors import Facts, Kinds
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,6 @@ class Inputs(NamedTuple):
     alibi_slopes: Tensor | None = None
     seed: int | Tensor | None = None  # of dropout; a tensor (1) int64 on a GPU
     layout: Layout | None = None
-    plain: bool = True  # kernels can read all tensors of the call by their addresses: tensors.settled
 
 
 class CacheUpdate(NamedTuple):
@@ -133,62 +131,49 @@ Places = tuple  # cache_seqlens, cache_batch_idx, cache_leftpad, block_table
 New = tuple  # k, v, rotary_cos, rotary_sin, rotary_interleaved
 
 
-def dense(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, names: Names = OUR_NAMES
-) -> tuple[Problem, Inputs]:
+def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Problem, Inputs]:
     """A call of `flash_attn_func`, which documents the arguments and the errors.
 
     Every eager call runs through here, so this collects hashable facts and little else: the checks
-    are in `_dense`, whose answer is remembered. names: what the caller calls the arguments.
+    are in `_dense`, whose answer is remembered.
     """
-    given, slopes = {"q": q, "k": k, "v": v}, options[5]
-    if slopes is not None:
-        given["alibi_slopes"] = slopes
-    kinds = tensors.look(given, names)
-    problem = _remembered(_dense, given, kinds, options, names=names)
-    return problem, record(Inputs, (q, k, v, slopes, None, None, kinds.plain))
+    slopes = options[5]
+    tensors = *_facts_of_three(q, k, v), None if slopes is None else checks.facts_of_alibi(slopes)
+    return _remembered(_dense, tensors, options), record(Inputs, (q, k, v, slopes, None, None))
 
 
 def varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Lengths,
-    options: Options,
-    out: Tensor | None,
-    names: Names = OUR_NAMES,
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: Options, out: Tensor | None
 ) -> tuple[Problem, Inputs]:
     """A call of `flash_attn_varlen_func`, which documents the arguments and the errors."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k = lengths
-    slopes = options[5]
-    given = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q}
-    if cu_seqlens_k is not None:
-        given["cu_seqlens_k"] = cu_seqlens_k
-    if seqused_k is not None:
-        given["seqused_k"] = seqused_k
+    alibi_slopes, facts = options[5], checks.facts
+    three = _facts_of_three(q, k, v)
+    checks.max_seqlen("max_seqlen_k", max_seqlen_k)
+    tensors = (
+        *three,
+        facts("cu_seqlens_q", cu_seqlens_q),
+        None if cu_seqlens_k is None else facts("cu_seqlens_k", cu_seqlens_k),
+        None if seqused_k is None else facts("seqused_k", seqused_k),
+        None if block_table is None else facts("block_table", block_table),
+        None if out is None else facts("out", out),
+        None if alibi_slopes is None else checks.facts_of_alibi(alibi_slopes),
+    )
+    longest = checks.max_seqlen("max_seqlen_q", max_seqlen_q)
     if block_table is not None:
-        given["block_table"] = block_table
+        checks.no_gradient("block_table: attention to pages", q, k, v)
     if out is not None:
-        given["out"] = out
-    if slopes is not None:
-        given["alibi_slopes"] = slopes
-    kinds = tensors.look(given, names, ("out",))
-    checks.max_seqlen(names["max_seqlen_k"], max_seqlen_k)
-    longest = checks.max_seqlen(names["max_seqlen_q"], max_seqlen_q)
-    if out is not None and torch.is_grad_enabled():
-        checks.no_gradient("out: attention into a given tensor", given)
-    problem = _remembered(_varlen, given, kinds, options, (longest,), names)
-    if out is not None and kinds.plain:
-        checks.alone("out", out, given, "q")
+        checks.no_gradient("out: attention into a given tensor", q, k, v, out)
+    problem = _remembered(_varlen, tensors, options, (longest,))
     used = None if seqused_k is None else seqused_k.contiguous()
     if problem.page_size and seqused_k is None:
         used = cu_seqlens_k.diff()
     table = None if block_table is None else block_table.contiguous()
     packed_k = cu_seqlens_k.contiguous() if problem.packed_k else None
     layout = record(Layout, (cu_seqlens_q.contiguous(), packed_k, used, None, None, table, None))
-    if checks.of_values(kinds.on_cpu):
-        checks.values_of_varlen(problem, layout, lengths, len(k), names)
-    return problem, record(Inputs, (q, k, v, slopes, None, layout, kinds.plain))
+    if checks.of_values():
+        checks.values_of_varlen(problem, layout, lengths, len(k))
+    return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout))
 
 
 def cache(
@@ -206,31 +191,23 @@ def cache(
     """
     k, v, rotary_cos, rotary_sin, interleaved = new
     seqlens, batch_idx, leftpad, block_table = places
+    alibi_slopes, facts = options[5], checks.facts
     on_device = isinstance(seqlens, Tensor)
     on_host = not on_device and isinstance(seqlens, Integral)
-    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    if k is not None:
-        given["k"] = k
-    if v is not None:
-        given["v"] = v
-    if rotary_cos is not None:
-        given["rotary_cos"] = rotary_cos
-    if rotary_sin is not None:
-        given["rotary_sin"] = rotary_sin
-    if seqlens is not None and not on_host:
-        given["cache_seqlens"] = seqlens
-    if batch_idx is not None:
-        given["cache_batch_idx"] = batch_idx
-    if leftpad is not None:
-        given["cache_leftpad"] = leftpad
-    if block_table is not None:
-        given["block_table"] = block_table
-    if options[5] is not None:
-        given["alibi_slopes"] = options[5]
-    kinds = tensors.look(given, OUR_NAMES, () if k is None else ("k_cache", "v_cache"))
-    if torch.is_grad_enabled():
-        checks.no_gradient("flash_attn_with_kvcache", given)
-    problem = _remembered(_cache, given, kinds, options, (on_host, interleaved, num_splits))
+    tensors = (
+        *_facts_of_three(q, k_cache, v_cache, ("q", "k_cache", "v_cache")),
+        None if k is None else facts("k", k),
+        None if v is None else facts("v", v),
+        None if rotary_cos is None else facts("rotary_cos", rotary_cos),
+        None if rotary_sin is None else facts("rotary_sin", rotary_sin),
+        "int" if on_host else None if seqlens is None else facts("cache_seqlens", seqlens),
+        None if batch_idx is None else facts("cache_batch_idx", batch_idx),
+        None if leftpad is None else facts("cache_leftpad", leftpad),
+        None if block_table is None else facts("block_table", block_table),
+        None if alibi_slopes is None else checks.facts_of_alibi(alibi_slopes),
+    )
+    checks.no_gradient("flash_attn_with_kvcache", q, k_cache, v_cache, k, v)
+    problem = _remembered(_cache, tensors, options, (interleaved, num_splits))
     update = None
     if k is not None:
         tables = (None, None) if rotary_cos is None else (rotary_cos.contiguous(), rotary_sin.contiguous())
@@ -248,151 +225,130 @@ def cache(
         seqlens if on_host else None,
     )
     layout = record(Layout, layout)
-    if checks.of_values(kinds.on_cpu):
+    if checks.of_values():
         checks.values_of_cache(problem, layout, update, k_cache.shape)
-    return problem, record(Inputs, (q, k_cache, v_cache, options[5], None, layout, kinds.plain)), update
+    return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout)), update
 
 
-def _remembered(
-    make: Callable[..., Problem],
-    given: Mapping[str, Tensor],
-    kinds: Kinds,
-    options: Options,
-    more: tuple = (),
-    names: Names = OUR_NAMES,
-) -> Problem:
-    """make(kinds, shapes, *more, *options): slopes are among the tensors, the window becomes two numbers."""
-    dropout_p, softmax_scale, causal, window_size, softcap, slopes, deterministic = options
+def _facts_of_three(
+    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")
+) -> tuple[tuple, tuple, tuple]:
+    """The facts of q, k and v: shapes, dtypes, devices."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise TypeError(checks.not_a_tensor(**dict(zip(names, (q, k, v), strict=True))))
+    return (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+
+
+def _remembered(make: Callable[..., Problem], tensors: tuple, options: Options, more: tuple = ()) -> Problem:
+    """make(tensors, *more, *options); the slopes are among the tensors, the window becomes two numbers."""
+    dropout_p, softmax_scale, causal, window_size, softcap, _, deterministic = options
     if type(window_size) is not tuple or len(window_size) != 2:
         window_size = checks.pair(window_size)
-    if slopes is not None:
-        checks.not_learned(slopes)
     left, right = window_size
-    shapes = tuple([x.shape for x in given.values()])
     numbers = *more, dropout_p, softmax_scale, causal, left, right, softcap, deterministic
-    if kinds.plain:
-        try:
-            return make(kinds, shapes, *numbers)
-        except (TypeError, ValueError):  # an argument is wrong, or cannot be hashed: then a check names it
-            pass
-    return make.__wrapped__(kinds, shapes, *numbers, names=names)
+    try:
+        return make(tensors, *numbers)
+    except TypeError:  # a check failed, or an argument cannot be hashed: then a check names it
+        pass
+    return make.__wrapped__(tensors, *numbers)
 
 
 # typed: otherwise a window of 3.0, which is an error, would be served the entry of 3. It takes time for each
-# argument, so the shapes are one.
+# argument, so the facts of the tensors are one.
 @lru_cache(maxsize=1024, typed=True)
-def _dense(
-    kinds: Kinds, shapes: tuple[torch.Size, ...], *options: object, names: Names = OUR_NAMES
-) -> Problem:
-    facts = kinds.facts(shapes)
-    three = names["q"], names["k"], names["v"]
-    for name, shape in zip(three, shapes, strict=False):
+def _dense(tensors: tuple, *options: object) -> Problem:
+    shapes, dtypes, devices, alibi = tensors
+    for name, shape in zip("qkv", shapes, strict=True):
         checks.rank(name, shape, "batch, seqlen, heads, head_dim")
-    checks.heads(*shapes[:3], three)
+    checks.heads(*shapes)
     (batch, seqlen_q, heads_q, head_dim), (batch_k, seqlen_k, heads_k, _) = shapes[:2]
-    unlike = f"but {three[0]} has {batch} and {three[1]} has {batch_k}"
-    require(batch == batch_k, f"{checks.every(dict.fromkeys(three))} must have one batch size, {unlike}")
-    dtype, device = checks.one_dtype_and_device(facts, ("q", "k", "v"), three)
-    problem = Problem(dtype, device, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, 1.0)
-    problem = replace(problem, max_seqlen_q=seqlen_q)
-    return _with_options(problem, facts.get("alibi_slopes"), *options, name_q=three[0])
+    unlike = f"but q has {batch} and k has {batch_k}"
+    require(batch == batch_k, f"q, k and v must have one batch size, {unlike}")
+    checks.dtypes_and_devices(dtypes, devices)
+    facts = Problem(dtypes[0], devices[0], batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, 1.0)
+    return _with_options(replace(facts, max_seqlen_q=seqlen_q), alibi, *options)
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _varlen(
-    kinds: Kinds,
-    shapes: tuple[torch.Size, ...],
-    max_seqlen_q: int | None,
-    *options: object,
-    names: Names = OUR_NAMES,
-) -> Problem:
-    facts = kinds.facts(shapes)
-    three = names["q"], names["k"], names["v"]
-    q, k, v = shapes[:3]
-    cu_seqlens_k, seqused_k, block_table = map(facts.get, ("cu_seqlens_k", "seqused_k", "block_table"))
-    checks.rank(three[0], q, "total_q, heads, head_dim")
+def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object) -> Problem:
+    shapes, dtypes, devices, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, alibi = tensors
+    q, k, _ = shapes
+    device = devices[0]
+    checks.rank("q", q, "total_q, heads, head_dim")
     some = cu_seqlens_k is not None or seqused_k is not None
     require(some, "cu_seqlens_k or seqused_k must be given: the lengths of the sequences of keys")
     packed_k = block_table is None and cu_seqlens_k is not None
     dims = "total_k, heads_k, head_dim" if packed_k else "batch, capacity, heads_k, head_dim"
     if block_table is not None:
         dims = "num_blocks, page_size, heads_k, head_dim"
-    for name, shape in zip(three[1:], (k, v), strict=True):
+    for name, shape in zip("kv", shapes[1:], strict=True):
         checks.rank(name, shape, dims)
-    checks.heads(q, k, v, three)
-    dtype, device = checks.one_dtype_and_device(facts, ("q", "k", "v"), three)
-    index = partial(checks.index, facts, names, device)
-    index("cu_seqlens_q", "batch + 1")
-    batch = facts["cu_seqlens_q"][0][0] - 1
-    require(batch >= 0, f"{names['cu_seqlens_q']} must have batch + 1 elements, not none")
-    index("cu_seqlens_k", "batch + 1", (batch + 1,))
-    index("seqused_k", "batch", (batch,))
-    index("block_table", "batch, max_pages", (batch, None))
+    checks.heads(*shapes)
+    checks.dtypes_and_devices(dtypes, devices)
+    checks.index("cu_seqlens_q", cu_seqlens_q, device, "batch + 1")
+    batch = cu_seqlens_q[0][0] - 1
+    require(batch >= 0, "cu_seqlens_q must have batch + 1 elements, not none")
+    checks.index("cu_seqlens_k", cu_seqlens_k, device, "batch + 1", (batch + 1,))
+    checks.index("seqused_k", seqused_k, device, "batch", (batch,))
+    checks.index("block_table", block_table, device, "batch, max_pages", (batch, None))
     one_row_each = block_table is not None or packed_k or k[0] == batch
     require(one_row_each, f"k and v must have the batch size of cu_seqlens_q, {batch}, not {k[0]}")
-    if "out" in facts:
-        shape, *rest = facts["out"]
-        like_q = f"{tuple(q)} {dtype} on {device}, but is {tuple(shape)} {rest[0]} on {rest[1]}"
-        require(facts["out"] == (q, dtype, device), f"out must be like q, {like_q}")
+    if out is not None:
+        shape, *rest = out
+        like_q = f"{tuple(q)} {dtypes[0]} on {device}, but is {tuple(shape)} {rest[0]} on {rest[1]}"
+        require(out == (q, dtypes[0], device), f"out must be like q, {like_q}")
     page_size, seqlen_k = 0, k[0 if packed_k else 1]
     if block_table is not None:
         page_size, seqlen_k = _page_size("k", k), block_table[0][1] * k[1]
-    problem = Problem(dtype, device, batch, q[0], seqlen_k, q[1], k[-2], q[2], 1.0)
-    problem = replace(
-        problem,
+    facts = Problem(dtypes[0], device, batch, q[0], seqlen_k, q[1], k[-2], q[2], 1.0)
+    facts = replace(
+        facts,
         ragged=True,
         packed_q=True,
         packed_k=packed_k,
         page_size=page_size,
         max_seqlen_q=q[0] if max_seqlen_q is None else min(q[0], max_seqlen_q),
     )
-    return _with_options(problem, facts.get("alibi_slopes"), *options, name_q=three[0])
+    return _with_options(facts, alibi, *options)
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _cache(
-    kinds: Kinds,
-    shapes: tuple[torch.Size, ...],
-    length_on_host: bool,
-    interleaved: bool,
-    num_splits: int,
-    *options: object,
-    names: Names = OUR_NAMES,
-) -> Problem:
-    facts = kinds.facts(shapes)
-    k, rotary_cos, block_table = map(facts.get, ("k", "rotary_cos", "block_table"))
-    three = "q", "k_cache", "v_cache"
+def _cache(tensors: tuple, interleaved: bool, num_splits: int, *options: object) -> Problem:
+    shapes, dtypes, devices, k, v, rotary_cos, rotary_sin, *others = tensors
+    cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi = others
+    names = "q", "k_cache", "v_cache"
     dims = "batch_cache, capacity" if block_table is None else "num_blocks, page_size"
-    for name, shape, first in zip(three, shapes, ("batch, seqlen_q", dims, dims), strict=False):
+    for name, shape, first in zip(names, shapes, ("batch, seqlen_q", dims, dims), strict=True):
         checks.rank(name, shape, f"{first}, heads, head_dim")
-    checks.heads(*shapes[:3], three)
-    dtype, device = like_q = checks.one_dtype_and_device(facts, three, three)
-    q, k_cache = shapes[:2]
-    batch = q[0]
+    checks.heads(*shapes, names=names)
+    checks.dtypes_and_devices(dtypes, devices, names)
+    q, k_cache, _ = shapes
+    like_q, batch = (dtypes[0], devices[0]), q[0]
 
-    has_length = length_on_host or "cache_seqlens" in facts
-    checks.new_keys(k, facts.get("v"), (batch, None, *k_cache[2:]), like_q, has_length)
-    index = partial(checks.index, facts, names, device)
-    for name in ("cache_seqlens", "cache_batch_idx", "cache_leftpad"):
-        index(name, "batch", (batch,))
+    checks.new_keys(k, v, (batch, None, *k_cache[2:]), like_q, cache_seqlens)
+    if cache_seqlens != "int":
+        checks.index("cache_seqlens", cache_seqlens, devices[0], "batch", (batch,))
+    checks.index("cache_batch_idx", cache_batch_idx, devices[0], "batch", (batch,))
+    checks.index("cache_leftpad", cache_leftpad, devices[0], "batch", (batch,))
     page_size, capacity, rows = 0, k_cache[1], k_cache[0]
     if block_table is not None:
-        index("block_table", "batch, max_pages", (None, None))
+        checks.index("block_table", block_table, devices[0], "batch, max_pages", (None, None))
         page_size, rows = _page_size("k_cache", k_cache), block_table[0][0]
         capacity = page_size * block_table[0][1]
-    needed = batch if "cache_batch_idx" not in facts else min(batch, 1)
+    needed = batch if cache_batch_idx is None else min(batch, 1)
     name = "k_cache" if block_table is None else "block_table"
     require(rows >= needed, f"{name} must have at least {needed} rows for {batch} sequences, not {rows}")
-    checks.rotary(rotary_cos, facts.get("rotary_sin"), k, like_q, q[3])
+    checks.rotary(rotary_cos, rotary_sin, k, like_q, q[3])
     checks.flag("rotary_interleaved", interleaved)
     checks.splits(num_splits)
 
-    problem = Problem(dtype, device, batch, q[1], capacity, q[2], k_cache[2], q[3], 1.0)
-    left_padded = "cache_leftpad" in facts
-    problem = replace(problem, ragged=True, page_size=page_size, left_padded=left_padded, max_seqlen_q=q[1])
+    facts = Problem(dtypes[0], devices[0], batch, q[1], capacity, q[2], k_cache[2], q[3], 1.0)
+    facts = replace(
+        facts, ragged=True, page_size=page_size, left_padded=cache_leftpad is not None, max_seqlen_q=q[1]
+    )
     # A window decides at which positions several queries are rotated, even where it hides no key.
     keep_window = rotary_cos is not None and q[1] > 1
-    return _with_options(problem, facts.get("alibi_slopes"), *options, keep_window=keep_window)
+    return _with_options(facts, alibi, *options, keep_window=keep_window)
 
 
 def _page_size(name: str, pages: torch.Size) -> int:
@@ -412,10 +368,9 @@ def _with_options(
     softcap: float,
     deterministic: bool,
     keep_window: bool = False,
-    name_q: str = "q",
 ) -> Problem:
     """The problem with the options that all functions share, checked and in their normal form."""
-    checks.alibi(alibi, problem.batch, problem.heads_q, problem.device, name_q)
+    checks.alibi(alibi, problem.batch, problem.heads_q, problem.device)
     compute = torch.float64 if problem.dtype == torch.float64 else torch.float32
     dropout_p = checks.probability("dropout_p", dropout_p, compute)
     left = checks.limit("left", window_left)

@@ -105,12 +105,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values of lengths and tables are not checked, on the CPU neither."""
-    monkeypatch.setenv("MINI_FLASH_ATTENTION_CHECK", "0")
-
-
-@pytest.fixture
 def gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")

@@ -113,24 +113,8 @@ def test_what_is_right_passes(any_path: torch.device) -> None:
     with_cache(any_path, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None)
 
 
-@pytest.mark.parametrize("value", ["0", "false", "No", "off"])
+@pytest.mark.parametrize("value", ["0", "", "false", "No", "off"])
 def test_off(any_path: torch.device, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINI_FLASH_ATTENTION_CHECK", value)
     varlen(any_path, "packed", max_seqlen_q=6)
     with_cache(any_path, seqlen_ro=14)
-
-
-@pytest.mark.parametrize("value", [None, ""])
-def test_the_cpu_always_checks(
-    any_path: torch.device, value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing waits there. A GPU is not asked without being told to."""
-    monkeypatch.delenv("MINI_FLASH_ATTENTION_CHECK")
-    if value is not None:
-        monkeypatch.setenv("MINI_FLASH_ATTENTION_CHECK", value)
-    varlen(any_path, "packed", max_seqlen_q=6)  # for speed alone, so it may be wrong
-    if any_path.type == "cuda":
-        with_cache(any_path, seqlen_ro=14)
-        return
-    with pytest.raises(ValueError, match="rotary_cos has 14 rows"):
-        with_cache(any_path, seqlen_ro=14)

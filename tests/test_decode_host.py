@@ -439,7 +439,7 @@ def test_a_workspace_is_for_one_thread_and_one_stream(
     for memories in zip(first, *others, strict=True):
         assert len({x.data_ptr() for x in memories}) == 5
     assert not any(counts.any() for _, counts in others)
-    captured = [get(count=n, capturing=True)[1] for n in (20, 30, 40)]  # no driver: each has its own
+    captured = [get(count=n, capturing=True)[1] for n in (20, 30, 40)]  # the last ones are not in stock
     assert [len(x) for x in captured] == [20, 30, 40]
     ranges = [range(x.data_ptr(), x.data_ptr() + 4 * len(x)) for x in (others[2][1], *captured)]
     assert sum(map(len, ranges)) == len(set().union(*ranges))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from error_rule import check_forward, reference_options
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mini_flash_attention import (
     api,
@@ -368,11 +369,11 @@ def test_a_graph_drops_anew_in_each_replay(path: str) -> None:
 
 def test_checkpointing_drops_the_same(path: str) -> None:
     q, k, v = (x.requires_grad_() for x in inputs(300, 300))
-    call = partial(flash_attn_func, q, k, v, 0.3, deterministic=True)
+    call = partial(flash_attn_func, dropout_p=0.3, deterministic=True)
     torch.cuda.manual_seed(3)
-    expected = torch.autograd.grad(call().sum(), (q, k, v))
+    expected = torch.autograd.grad(call(q, k, v).sum(), (q, k, v))
     torch.cuda.manual_seed(3)
-    out = torch.utils.checkpoint.checkpoint(call, use_reentrant=False)
+    out = checkpoint(call, q, k, v, use_reentrant=False)  # restores the generators of its tensors' devices
     assert all(map(torch.equal, torch.autograd.grad(out.sum(), (q, k, v)), expected))
 
 

@@ -450,7 +450,6 @@ def test_nan_goes_through_the_splits(any_path: torch.device, num_splits: int) ->
     assert not out[:, :, 4:].isnan().any() and not lse[:, 4:].isnan().any()
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("paged", [False, True])
 def test_what_has_no_place_is_not_written(any_path: torch.device, paged: bool) -> None:
     """Tokens beyond the capacity, before it, in pages and rows that do not exist; the append alone."""
@@ -481,7 +480,6 @@ def test_what_has_no_place_is_not_written(any_path: torch.device, paged: bool) -
     assert torch.equal(bits(cache.k), bits(before[0])) and torch.equal(bits(cache.v), bits(before[1]))
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_no_token_has_a_place(any_path: torch.device) -> None:
     q, k, v = (torch.randn(2, 3, 2, 64, device=any_path, dtype=torch.float16) for _ in range(3))
     k_cache, v_cache = torch.randn(2, 2, 8, 2, 64, device=any_path, dtype=torch.float16)
@@ -687,8 +685,8 @@ def test_graphs_count_their_splits_apart(
         torch.cuda.synchronize()
         assert all(torch.equal(out, expected) for out in (*captured, beside))
     kept = [counts for _, counts in memory._workspaces.of_stream.values()]
-    kept += [stock.counters for stock in memory._stock.values()]
-    assert kept and not any(counts.any() for counts in kept)
+    assert kept and memory._captured
+    assert not any(counts.any() for counts in (*kept, *memory._captured))
 
 
 def test_no_synchronisation_and_one_kernel_for_all_lengths(

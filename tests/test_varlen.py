@@ -193,7 +193,6 @@ def test_out_is_written_and_returned(any_path: torch.device) -> None:
     assert (room == 7).all()  # nothing was written around it
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_lengths_out_of_range_stay_inside(any_path: torch.device) -> None:
     """They are cut to the tensors: the results mean nothing, but nothing else is read or written."""
     batch = batch_of([(30, 40), (50, 60)], any_path)
@@ -236,7 +235,6 @@ def test_garbage_behind_the_used_keys(any_path: torch.device, options: dict) -> 
         check_batch(out, lse, batch, **options)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_garbage_between_and_after_sequences(any_path: torch.device) -> None:
     batch = batch_of([(30, 50), (65, 70)], any_path)
     k, v = (torch.cat((torch.full_like(x[:9], NAN), x, torch.full_like(x[:60], NAN))) for x in batch[1:3])

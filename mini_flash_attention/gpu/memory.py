@@ -3,28 +3,26 @@
 Launches that may run at the same time must not share what both write and read. Those on one stream follow
 each other (one that starts early, by programmatic dependent launch, waits first), so a stream has its own
 counters. Two threads may alternate on a stream, and a decode's workspace is asked for before it is launched:
-each thread has its own for each stream. A captured graph may be replayed on any stream, beside any other:
-each of its streams has counters that nobody else uses, and its workspaces lie in its own memory pool.
+each thread has its own for each stream. A captured launch may be replayed on any stream, beside any other: it
+gets memory that nobody else uses; counters, which nothing can zero ahead in a capture, come from a stock.
 
-What is kept is kept for good, outside of the memory pools of callers, who may give them up. A stream's handle
+What is kept is kept for good, in the memory pool that is current when it is first needed. A stream's handle
 stands for the stream: PyTorch's live as long as the process.
 """
 
 import functools
 import math
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention.gpu import fast, graphs
+from mini_flash_attention.gpu import fast
 
 WORKSPACE = 2**20  # float32 elements: a call that needs more takes longer than an allocation
 COUNTERS = 512  # of a workspace
-STOCK = 2**20  # counters of a device, for captured graphs: 4 MB, for 2048 streams of graphs at a time
+STOCK = 2**20  # counters of a device, for captured launches: 4 MB
 UNREAD = 2**18  # float32 elements: of larger results the kernel takes longer than the host saves
 
 
@@ -34,42 +32,8 @@ UNREAD = 2**18  # float32 elements: of larger results the kernel takes longer th
 
 _lock = threading.Lock()
 _tile_counters: dict[tuple[int, int], Tensor] = {}  # of (device, stream)
-
-
-class Stock:
-    """Counters of a device for captured graphs, as nothing can be zeroed ahead in a capture.
-
-    A graph's streams have a block each, from their first launch until the graph is gone. The block is zero
-    then, as every launch leaves it so.
-    """
-
-    def __init__(self, counters: Tensor) -> None:
-        self.counters = counters
-        self.free = list(range(len(counters) // COUNTERS))
-        self.gone = graphs.flags(len(self.free))  # of each block: whether its graph is
-        self.lent: dict[tuple[int, int], tuple[int, Tensor]] = {}  # (capture, stream) -> block, counters
-
-    def lend(self, graph: graphs.Graph, stream: int) -> Tensor | None:
-        """None: all blocks are lent, or nobody will tell when this graph is gone."""
-        borrower = graph.capture, stream
-        if borrower not in self.lent:
-            if not self.free:
-                self._take_back()
-            if not self.free or not graphs.tell(graph, self.gone, self.free[-1]):
-                return None
-            block = self.free.pop()
-            self.lent[borrower] = block, self.counters[block * COUNTERS : (block + 1) * COUNTERS]
-        return self.lent[borrower][1]
-
-    def _take_back(self) -> None:
-        for borrower, (block, _) in list(self.lent.items()):
-            if self.gone[block]:
-                self.gone[block] = 0
-                self.free.append(block)
-                del self.lent[borrower]
-
-
-_stock: dict[int, Stock] = {}  # of a device
+_stock: dict[int, Tensor] = {}  # device -> those not given away
+_captured: list[Tensor] = []  # kept for as long as graphs may use them: for good
 
 
 def tile_counter(device: int) -> Tensor:
@@ -87,21 +51,27 @@ def _for_stream(device: int, count: int) -> Tensor:
     """New counters for all launches on the device's current stream; with the first ones comes the stock."""
     with _lock:
         if device not in _stock:
-            _stock[device] = Stock(_zeros(device, STOCK))
+            _stock[device] = _zeros(device, STOCK)
             torch.cuda.current_stream(device).synchronize()  # any stream may use them from here on
     return _zeros(device, count)
 
 
 def _for_capture(device: int, count: int) -> Tensor:
-    """Counters for a captured launch, `count` at least. If the stock has none, each replay zeroes them."""
+    """New counters for a captured launch: if the stock has too few, each replay zeroes them."""
     if count == 0:
         return unused(device)
-    stream = fast.current_stream(device)
-    graph, counters = graphs.captured(stream), None
-    if graph is not None and device in _stock:
-        with _lock:
-            counters = _stock[device].lend(graph, stream)
-    return fast.allocate((count,), (1,), torch.int32).zero_() if counters is None else counters
+    with _lock:
+        stock = _stock.get(device)
+        if stock is None or len(stock) < count:
+            counters = _zeros(device, count)
+        else:
+            counters, _stock[device] = stock[:count], stock[count:]
+        _captured.append(counters)
+        return counters
+
+
+def _zeros(device: int, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
 
 
 # The workspace through which the thread blocks of a decode hand their splits to each other
@@ -121,17 +91,17 @@ def workspace(size: int, count: int, device: int) -> tuple[Tensor, Tensor]:
     count: COUNTERS at most.
     """
     if fast.is_capturing():
-        return _for_this_launch(size), _for_capture(device, count)
+        return _floats(device, size), _for_capture(device, count)
     stream = fast.current_stream(device)
     kept = _workspaces.of_stream.get((device, stream))
     if kept is None:
         kept = _floats(device, WORKSPACE), _for_stream(device, COUNTERS)
         _workspaces.of_stream[device, stream] = kept
-    return kept if size <= WORKSPACE else (_for_this_launch(size), kept[1])
+    return kept if size <= WORKSPACE else (_floats(device, size), kept[1])
 
 
-def _for_this_launch(size: int) -> Tensor:
-    return fast.allocate((size,), (1,), torch.float32)
+def _floats(device: int, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=f"cuda:{device}")
 
 
 # What stands for tensors that a call does without
@@ -140,13 +110,13 @@ def _for_this_launch(size: int) -> Tensor:
 @functools.cache
 def unused(device: int) -> Tensor:
     """(2) int32 that no kernel reads or writes."""
-    return _kept(torch.empty, device, 2, torch.int32)
+    return torch.empty(2, dtype=torch.int32, device=f"cuda:{device}")
 
 
 @functools.cache
 def not_given(device: int) -> tuple[Any, Any, Any]:
     """What stands for int32 tensors of one and of two dimensions, and a float32 one, that are not given."""
-    one, number = unused(device), _floats(device, 1)
+    one, number = unused(device), torch.empty(1, dtype=torch.float32, device=f"cuda:{device}")
     return argument(one), argument(one.unsqueeze(0)), argument(number)
 
 
@@ -176,28 +146,3 @@ def argument(x: Tensor) -> Any:
     import tvm_ffi  # not at the top: the CPU backend does without it
 
     return tvm_ffi.from_dlpack(x)
-
-
-# Memory that is kept
-
-
-def _zeros(device: int, count: int) -> Tensor:
-    return _kept(torch.zeros, device, count, torch.int32)
-
-
-def _floats(device: int, size: int) -> Tensor:
-    return _kept(torch.empty, device, size, torch.float32)
-
-
-def _kept(make: Callable[..., Tensor], device: int, size: int, dtype: torch.dtype) -> Tensor:
-    """For the device's current stream, but by another thread: this one's memory pool may be a caller's, and
-    its modes (inference, fake tensors) would be the tensor's for good.
-    """
-    stream = torch.cuda.current_stream(device)
-
-    def on_stream() -> Tensor:
-        with torch.cuda.stream(stream):
-            return make(size, dtype=dtype, device=f"cuda:{device}")
-
-    with ThreadPoolExecutor(1) as other:
-        return other.submit(on_stream).result()

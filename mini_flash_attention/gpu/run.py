@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from mini_flash_attention import kv_append
 from mini_flash_attention.gpu import fast, inputs
@@ -23,9 +22,9 @@ def forward(
 
 def with_cache(
     plan: AttentionPlan,
+    append_plan: AppendPlan | None,
     problem: Problem,
     x: Inputs,
-    append_plan: AppendPlan | None,
     update: CacheUpdate | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -61,8 +60,6 @@ def attend(
         usable = result is not None and plan.results.whole and inputs.in_place(result)
         x = record(Inputs, (q, k, v, *x[3:]))
         done, lse = launch(plan, problem, x, ragged, result if usable else None, with_lse)
-        if usable:
-            increment_version(out)
         if not plan.results.whole:
             done = done[..., : problem.head_dim].contiguous()
     if result is not None and done is not result:
@@ -93,7 +90,7 @@ def launch(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel, into `out` if given. ValueError: it cannot read a tensor; it has done nothing then."""
-    q, k, v, alibi_slopes, seed, *_ = x
+    q, k, v, alibi_slopes, seed, _ = x
     results = plan.results
     if out is None:
         out = empty_like(q, results.out)
@@ -194,6 +191,5 @@ def append(
             if inputs.in_place(update.k, update.v, x.k, x.v, *rotated):  # refused for another reason
                 raise
         else:
-            increment_version((x.k, x.v))
             return x if out is None else x._replace(q=out)
     return kv_append.append(problem, x, update)
