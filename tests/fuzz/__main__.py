@@ -1,0 +1,71 @@
+"""`python -m tests.fuzz`: random calls until time is up, or until one is wrong, which is printed."""
+
+import argparse
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from random import Random
+
+import torch
+
+from mini_flash_attention.gpu import config
+from tests.fuzz.call import Call, shortened
+from tests.fuzz.valid import valid
+from tests.fuzz.wrong import wrong
+
+WRONG_SHARE = 3 / 13
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if no call is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    add = parser.add_argument
+    add("--seconds", type=float, default=60, help="how long, %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where tensors are, %(default)s")
+    add("--seed", type=int, help="of the calls; another one each time if not given")
+    args = parser.parse_args(arguments)
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    print(f"fuzz: seed {seed} on {args.device}", flush=True)
+    stop, done = time.monotonic() + args.seconds, Counter()
+    for number, call in enumerate(calls(seed, args.device)):
+        failure = call.run()
+        if failure is not None:
+            print(report(call, failure, f"--seed {seed} --device {args.device}, call {number}"))
+            return 1
+        done["valid" if call.wrong is None else "invalid"] += 1
+        if time.monotonic() > stop:
+            break
+    print(f"{done['valid']} valid and {done['invalid']} invalid calls: nothing is wrong")
+    return 0
+
+
+def calls(seed: int, device: str) -> Iterator[Call]:
+    """Random calls, the same ones for a seed."""
+    paths = forced_paths(device)
+    number = 0
+    while True:
+        call = valid(seed, number, device, paths)
+        random = Random(f"{seed}-{number}")
+        yield wrong(call, random) if random.random() < WRONG_SHARE else call
+        number += 1
+
+
+def forced_paths(device: str) -> Sequence[str]:
+    """What MINI_FLASH_ATTENTION_BACKEND may be, "" for nothing; on a GPU sometimes the CPU backend too."""
+    if device == "cpu":
+        return ("",)
+    paths = config.paths(config.gpu_arch(torch.cuda.get_device_capability()))
+    return ("", "", "", *paths, "cpu")
+
+
+def report(call: Call, failure: Exception, where: str) -> str:
+    """A script that shows the failure, and the failure."""
+    short = shortened(call, failure)
+    again = short.run() or failure
+    return f"# python -m tests.fuzz {where}\n{short.script}\n\n{type(again).__name__}: {again}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
