@@ -70,9 +70,9 @@ def label(row: KernelConfig) -> str:
 
 
 @pytest.fixture(scope="session")
-def compiled(request: pytest.FixtureRequest) -> None:
+def filled_cache(request: pytest.FixtureRequest) -> None:
     """Fills the cache for this run's tests, in parallel. A kernel that fails here fails again in its test."""
-    tests = (item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ()))
+    tests = (item for item in request.session.items if "filled_cache" in getattr(item, "fixturenames", ()))
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():  # show the progress
         print()
@@ -90,7 +90,7 @@ def one_of_each_kernel(rows: list[KernelConfig]) -> list[object]:
 
 @pytest.mark.timeout(5400)  # the first of these compiles all kernels
 @pytest.mark.parametrize("row", one_of_each_kernel(CONFIGS), ids=label)
-def test_every_kernel_compiles_without_a_stack(row: KernelConfig, compiled: None) -> None:
+def test_every_kernel_compiles_without_a_stack(row: KernelConfig, filled_cache: None) -> None:
     kernels = [kernel for kernel in resources(compile.library(row)) if kernel.registers]
     variants = len(row.variants) if row.kernel == "forward.sm90" else KERNELS[row.kernel]
     assert len(kernels) == variants
