@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, field, replace
 from unittest import mock
 
+import torch
+
 
 @dataclass(frozen=True)
 class Wrong:
@@ -59,6 +61,8 @@ class Call:
                 exec(compile(self.script, "<call>", "exec"), {"__name__": "call"})
             except Exception as failure:
                 return failure
+            finally:
+                torch.set_default_device(None)
         return None
 
     def without(self, name: str) -> "Call":

@@ -36,6 +36,8 @@ def check(
         assert_unchanged(arguments, before)
         return
     got = results(function, arguments)
+    if arguments.get("dropout_p") and got.S_dmask is None:
+        raise LookupError("which probabilities were dropped? return_attn_probs tells")
     after = append(before) if function == "flash_attn_with_kvcache" else before
     assert_unchanged(arguments, after | {"q": before.get("q")})  # q itself is not rotated
 
@@ -137,7 +139,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def rounding(out: Tensor) -> Rough:
     """What the dtype of out may do to each probability, and that of the computation to each score."""
-    roundings = 1 if out.element_size() == 2 else 8
+    roundings = 0.5 if out.element_size() == 2 else 8
     return rough(roundings * torch.finfo(out.dtype).eps, 4 * torch.finfo(compute_dtype(out)).eps)
 
 

@@ -45,20 +45,24 @@ def exact(x: Tensor, error: Tensor | None = None) -> Tensor:
 
 
 def rough(relative: float, absolute: float) -> Rough:
-    """A function that adds a random error to x, up to x * relative, or error * absolute if that is given.
+    """A function that adds a random error to x: some x * relative, or error * absolute if that is given.
 
-    The gradient of x has one of the first kind.
+    The gradient of x has one of the first kind. Half of an error is its own, half is that of all elements,
+    as errors of equal numbers are equal and add up.
     """
+
+    def some(x: Tensor) -> Tensor:
+        own, of_all = torch.rand_like(x), torch.rand((), dtype=x.dtype, device=x.device)
+        return 2 * (own + of_all) - 2
 
     class Noise(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, error: Tensor | None) -> Tensor:
-            limit = relative * x if error is None else absolute * error
-            return x + limit * (2 * torch.rand_like(x) - 1)
+            return x + some(x) * (relative * x if error is None else absolute * error)
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-            return gradient * (1 + relative * (2 * torch.rand_like(gradient) - 1)), None
+            return gradient * (1 + relative * some(gradient)), None
 
     return lambda x, error=None: Noise.apply(x, error)
 
@@ -96,7 +100,10 @@ def attention(
     row_max = S.detach().amax(dim=2, keepdim=True) if S.shape[2] else S.new_zeros(*S.shape[:2], 1)
     P = torch.exp(S - row_max).masked_fill(~seen, 0)
     row_sum = P.sum(dim=2, keepdim=True).masked_fill(nothing, 1)
-    lse = (row_max + row_sum.log()).masked_fill(nothing, float("-inf")).squeeze(2)
+    lse = row_max + row_sum.log()
+    # The backward pass recomputes P from the LSE, as rough as that is.
+    P = rounded(P, (P * lse.abs()).detach())
+    lse = lse.masked_fill(nothing, float("-inf")).squeeze(2)
     kept = P if keep is None else P * keep / (1 - given.dropout_p)
     # By each element of out, so that the gradient of the sum, dO O, is as rough as a rounded O makes it.
     sums = row_sum.expand(-1, -1, v.shape[2])

@@ -69,8 +69,8 @@ def varlen(draft: Draft) -> None:
         grads = draft.grads(2 if form == "kv" else 3)
         draft.floats("q", draft.shape(total), every, grad=grads[0])
         draft.ints("cu_seqlens_q", starts)
-        VARLEN_KEYS[form](draft, keys, grads[1:])
-        draft.numbers |= {"max_seqlen_q": longest(draft, queries), "max_seqlen_k": longest(draft, keys)}
+        room = VARLEN_KEYS[form](draft, keys, grads[1:])
+        draft.numbers |= {"max_seqlen_q": longest(draft, queries), "max_seqlen_k": longest(draft, room)}
     if with_out:
         draft.floats("out", draft.shape(total), written=True)
     draft.options(batch)
@@ -83,8 +83,8 @@ def longest(draft: Draft, lengths: Sequence[int]) -> str:
     return f"torch.tensor({most})" if draft.maybe(0.1) else str(most)
 
 
-def packed_keys(draft: Draft, keys: list[int], grads: list[bool]) -> None:
-    """Packed keys; with seqused_k only the first ones of each sequence count."""
+def packed_keys(draft: Draft, keys: list[int], grads: list[bool]) -> list[int]:
+    """Packed keys; with seqused_k only the first ones of each sequence count. Returns the room of each."""
     room = [n + (draft.random.choice((0, 1, 7)) if draft.maybe(0.3) else 0) for n in keys]
     some_unused = room != keys or draft.maybe(0.2)
     starts = [sum(room[:b]) for b in range(len(keys) + 1)]
@@ -98,9 +98,10 @@ def packed_keys(draft: Draft, keys: list[int], grads: list[bool]) -> None:
     draft.ints("cu_seqlens_k", starts)
     if some_unused:
         draft.ints("seqused_k", keys)
+    return room
 
 
-def rows_of_keys(draft: Draft, keys: list[int], grads: list[bool]) -> None:
+def rows_of_keys(draft: Draft, keys: list[int], grads: list[bool]) -> list[int]:
     """A row of storage a sequence."""
     capacity = max(keys, default=0) + draft.random.choice((0, 0, 1, 9))
     filled = [f"{b}, :{n}" for b, n in enumerate(keys)] or [":0"]
@@ -108,9 +109,10 @@ def rows_of_keys(draft: Draft, keys: list[int], grads: list[bool]) -> None:
         draft.floats(name, draft.shape(len(keys), capacity, heads=draft.heads_k), filled, grad=grad)
     draft.numbers["cu_seqlens_k"] = "None"
     draft.ints("seqused_k", keys)
+    return keys
 
 
-def pages_of_keys(draft: Draft, keys: list[int], grads: list[bool]) -> None:
+def pages_of_keys(draft: Draft, keys: list[int], grads: list[bool]) -> list[int]:
     """Pages, with the lengths in cu_seqlens_k or in seqused_k."""
     pages = draw_pages(draft, keys, max(keys, default=0), more=draft.random.choice((0, 0, 1)))
     filled = [place for b, n in enumerate(keys) for place in places(pages, b, 0, n)]
@@ -124,6 +126,7 @@ def pages_of_keys(draft: Draft, keys: list[int], grads: list[bool]) -> None:
         draft.numbers["cu_seqlens_k"] = "None"
     if not by_starts or draft.maybe(0.3):
         draft.ints("seqused_k", keys)
+    return keys
 
 
 VARLEN_KEYS = {"packed": packed_keys, "kv": packed_keys, "rows": rows_of_keys, "pages": pages_of_keys}

@@ -41,7 +41,7 @@ Given = dict[str, Any]  # the arguments of the valid call
 def wrong(call: Call, random: Random) -> Call:
     """The call with one argument changed."""
     names: Given = {}
-    exec("\n".join(call.making), names)
+    exec("\n".join(replace(call, environment={}).making), names)
     given = {name: names[name] for name in call.tensors}
     given |= {name: eval(code, names) for name, code in call.numbers.items()}
     parameters = list(inspect.signature(getattr(mini_flash_attention, call.function)).parameters)
