@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmark.models import SHAPES
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PRODUCT = "matmul8192"  # the variant of a matrix product of that size, beside which the others can be read
 # Work of a direction: the forward pass is two matrix products, the backward pass five.
 _PASSES = {"fwd": 1.0, "bwd": 2.5, "fwdbwd": 3.5}
 
@@ -15,7 +18,7 @@ _PASSES = {"fwd": 1.0, "bwd": 2.5, "fwdbwd": 3.5}
 class Case:
     """One problem, named as in the columns of the result files. Lengths are tokens a sequence."""
 
-    suite: str  # prefill, varlen, decode, cpu or overhead; accuracy for cases that are not timed
+    suite: str  # prefill, models, varlen, decode, cpu or overhead; accuracy for cases that are not timed
     direction: str  # fwd, bwd or fwdbwd
     dtype: str  # a key of DTYPES
     batch: int
@@ -26,14 +29,25 @@ class Case:
     head_dim: int
     causal: bool
     variant: str = "plain"
+    window: int | None = None  # keys that a row sees left of its own (and right of it, if not causal)
     lengths: tuple[int, ...] = ()  # of sequences packed one behind the other; seqlen_* is the longest
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the matrix products; causal is half, exactly."""
-        scores = sum(length**2 for length in self.lengths) or self.batch * self.seqlen_q * self.seqlen_k
-        forward = 4 * self.heads_q * scores * self.head_dim
-        return forward * _PASSES[self.direction] * (0.5 if self.causal else 1.0)
+        """Floating-point operations of the matrix products, of the scores that the mask leaves.
+
+        These are areas between lines: a causal square is half, exactly.
+        """
+        if self.variant == PRODUCT:
+            return 2.0 * self.seqlen_q * self.seqlen_k * self.head_dim
+        lengths = [(n, n) for n in self.lengths] or [(self.seqlen_q, self.seqlen_k)] * self.batch
+        scores = sum(self._seen(*pair) for pair in lengths)
+        return 4.0 * self.heads_q * scores * self.head_dim * _PASSES[self.direction]
+
+    def _seen(self, seqlen_q: int, seqlen_k: int) -> float:
+        right = 0 if self.causal else self.window
+        seen = seqlen_q * seqlen_k if right is None else _below(seqlen_q, seqlen_k, right)
+        return seen if self.window is None else seen - _below(seqlen_q, seqlen_k, -self.window)
 
     @property
     def kv_bytes(self) -> int:
@@ -60,6 +74,17 @@ class Case:
         shape = f"B={self.batch} S={lengths} H={heads} D={self.head_dim}"
         kind = "" if self.variant == "plain" else f" {self.variant}"
         return f"{self.direction} {self.dtype} {shape} {'causal' if self.causal else 'full'}{kind}"
+
+
+def _below(seqlen_q: int, seqlen_k: int, shift: int) -> float:
+    """The area of a rectangle below its diagonal, which ends in the lower right corner, moved to the right."""
+    start, stop = seqlen_k - seqlen_q + shift, seqlen_k + shift  # where it meets the first and the last row
+
+    def integral(x: float) -> float:
+        x = max(x, 0)
+        return x * x / 2 if x <= seqlen_k else seqlen_k * (x - seqlen_k / 2)
+
+    return integral(stop) - integral(start)
 
 
 def pair(queries: int, keys: int) -> str:
@@ -146,6 +171,16 @@ def decode(device: str) -> Iterator[Case]:
     ):
         yield Case("decode", "fwd", "bf16", batch, 1, seqlen_k, heads_q, heads_k, 128, False)
     yield Case("decode", "fwd", "bf16", 1, 1, 8192, 32, 8, 128, False, variant="eager")
+
+
+def models(device: str) -> list[Case]:
+    """Shapes of real models; their names and sources are in models.py."""
+    return [] if device == "cpu" else [Case("models", *shape) for shape in SHAPES]
+
+
+def product() -> Case:
+    """The 8192³ matrix product, whose rate says what the chip of a run can do."""
+    return Case("overhead", "fwd", "bf16", 1, 8192, 8192, 1, 1, 8192, False, variant=PRODUCT)
 
 
 def overhead(device: str) -> list[Case]:

@@ -14,11 +14,18 @@ from benchmark.peers import Implementations
 SWEEPS = {
     "sweep": cases.sweep,
     "backward": cases.backward,
+    "models": cases.models,
     "varlen": cases.varlen,
     "decode": cases.decode,
 }
 SECTIONS = ("accuracy", "classic", *SWEEPS, "overhead", "memory")
-FILTERS = {"D": "head_dim", "S": "seqlen_k", "causal": "causal", "direction": "direction"}
+FILTERS = {
+    "D": "head_dim",
+    "S": "seqlen_k",
+    "causal": "causal",
+    "direction": "direction",
+    "variant": "variant",
+}
 
 
 def parser(description: str) -> argparse.ArgumentParser:

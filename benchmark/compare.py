@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmark import estimates, results
+from benchmark import results
+from benchmark.cases import PRODUCT
 from benchmark.machine import ROOT
 from benchmark.results import DIRECTIONS, SUITES, Row, metric
 from benchmark.workloads import PAGE_SIZES
@@ -57,6 +58,8 @@ def newest(rows: Sequence[Row]) -> list[list[Row]]:
     """
     kinds: dict[tuple, list[Row]] = {}
     for row in rows:
+        if row.variant == PRODUCT:
+            continue
         kind = (SUITES.index(row.suite), list(DIRECTIONS).index(row.direction))
         kinds.setdefault((*kind, results.is_host_time(row), row.dtype), []).append(row)
     runs = []
@@ -66,18 +69,21 @@ def newest(rows: Sequence[Row]) -> list[list[Row]]:
     return runs
 
 
+def products(rows: Iterable[Row]) -> dict[str, float]:
+    """TFLOP/s of the 8192³ bf16 matrix product in the run of each date."""
+    return {row.date: row.tflops for row in rows if row.variant == PRODUCT}
+
+
 def lines(rows: Iterable[Row]) -> list[Line]:
-    """The cases in the order of their facts; where FA3 did not run, its estimate is among the rows."""
+    """The cases in the order of their facts; those of models by their names, first."""
     cases: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        case = (row.head_dim, row.causal, row.seqlen_q, row.seqlen_k, row.batch, row.heads_q, row.heads_k)
+        name = row.variant if row.suite == "models" else ""
+        case = (name, row.head_dim, row.causal, row.seqlen_q, row.seqlen_k)
+        case += (row.batch, row.heads_q, row.heads_k)
         beside = row.variant in (*FEATURES, *BESIDE)
         columns = cases.setdefault(case, {})
         columns[row.variant if beside else row.impl] = row
-    for columns in cases.values():
-        estimate = estimates.fa3(columns)
-        if estimate is not None and "fa3" not in columns:
-            columns[estimates.NAME] = estimate
     return [Line(next(iter(cases[case].values())), cases[case]) for case in sorted(cases)]
 
 
@@ -99,6 +105,8 @@ def kinds(runs: Iterable[Sequence[Row]]) -> dict[str, list[Line]]:
 _KINDS = (
     "Forward",
     "Backward",
+    "Shapes of models, forward",
+    "Shapes of models, backward",
     "Forward + backward",
     "Packed sequences, forward",
     "Packed sequences, backward",
@@ -116,4 +124,6 @@ def kind(row: Row) -> str:
     if row.suite == "decode":
         return "Decoding with a KV cache"
     direction = DIRECTIONS[row.direction]
+    if row.suite == "models":
+        return f"Shapes of models, {direction}"
     return f"Packed sequences, {direction}" if row.suite == "varlen" else direction.capitalize()

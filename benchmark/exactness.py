@@ -3,7 +3,7 @@
 The rule: at most twice as far as plain PyTorch operations in the same data type, plus 1e-5.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from benchmark.peers import Implementations
 from mini_flash_attention import reference
 
 _ROWS = 1024  # query rows that the oracle computes at a time, so that 16k keys need 64 MB a head
+_WRONG = 0.05  # of the largest element
 
 
 def cases(device: str) -> Iterable[Case]:
@@ -47,7 +48,7 @@ def check(device: str, implementations: Implementations) -> bool:
     return all(ratio <= 1 for ratio, _ in worst.values())
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def oracle(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None) -> Tensor:
     """The output in fp32 (fp64 for fp32 inputs), a block of query rows at a time.
 
     Causal rows are aligned at the bottom right, so the rows up to `stop` see exactly what they
@@ -58,16 +59,57 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     blocks = []
     for start in range(0, seqlen_q, _ROWS):
         stop = min(start + _ROWS, seqlen_q)
+        # A window that ends right of the diagonal would be aligned elsewhere if there were fewer keys.
         keys = max(0, stop + seqlen_k - seqlen_q) if causal else seqlen_k
-        right = 0 if causal else None
+        right = 0 if causal else window
         block = (q[:, start:stop], k[:, :keys], v[:, :keys])
-        blocks.append(reference.attention(*block, window_right=right, dtype=dtype)[0])
+        blocks.append(reference.attention(*block, window_left=window, window_right=right, dtype=dtype)[0])
     return torch.cat(blocks, dim=1)
 
 
-def one_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first head of the first sequence: enough for an error, and affordable at any size."""
-    return q[:1, :, :1], k[:1, :, :1], v[:1, :, :1]
+def oracle_gradients(
+    inputs: Sequence[Tensor], dout: Tensor, causal: bool, window: int | None = None
+) -> tuple[Tensor, ...]:
+    """dq, dk and dv in the oracle's type, a block of query rows at a time: the blocks' dk and dv add up."""
+    q, k, v = (tensor.detach() for tensor in inputs)
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+    dq, dk, dv = (torch.zeros_like(tensor, dtype=dtype) for tensor in (q, k, v))
+    for start in range(0, seqlen_q, _ROWS):
+        rows = slice(start, min(start + _ROWS, seqlen_q))
+        keys = slice(0, max(0, rows.stop + seqlen_k - seqlen_q) if causal else seqlen_k)
+        leaves = [x.to(dtype).requires_grad_() for x in (q[:, rows], k[:, keys], v[:, keys])]
+        limits = {"window_left": window, "window_right": 0 if causal else window}
+        with torch.enable_grad():
+            out, _ = reference.attention(*leaves, **limits)
+        block = torch.autograd.grad(out, leaves, dout[:, rows].to(dtype))
+        dq[:, rows] = block[0]
+        dk[:, keys] += block[1]
+        dv[:, keys] += block[2]
+    return dq, dk, dv
+
+
+def one_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first key head of the first sequence and its query heads: enough for an error, at any size."""
+    return q[:1, :, : q.shape[2] // k.shape[2]], k[:1, :, :1], v[:1, :, :1]
+
+
+class Wrong(Exception):
+    """A result that no rounding explains."""
+
+
+def check_close(named: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """The largest error of results beside what is exact; Wrong if one is too far off.
+
+    Rounding to bf16 gives errors near 0.5 % of the largest element, a wrong kernel 100 %.
+    """
+    largest = 0.0
+    for name, (result, exact) in named.items():
+        error, size = distance(result, exact), exact.abs().max().item()
+        if error > _WRONG * size:
+            raise Wrong(f"the largest error of {name} is {error:.2g}, its largest element {size:.2g}")
+        largest = max(largest, error)
+    return largest
 
 
 def distance(out: Tensor, exact: Tensor) -> float:

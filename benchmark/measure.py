@@ -1,11 +1,15 @@
 """One case, every implementation: errors, times, rows, and a line on the screen."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from benchmark import results, timing, workloads
-from benchmark.cases import Case
+from benchmark.cases import Case, product
+from benchmark.exactness import Wrong
 from benchmark.peers import Implementations
 from benchmark.workloads import Contestant
 
@@ -31,6 +35,9 @@ def measure(
                     out = one.call()
                     errors[one] = one.error(out) if one.error else None
                     timed[one] = timing.Timed(_timed_call(case, one, device), one.scope)
+            except Wrong as wrong:
+                print(f"  {one.name} is WRONG, not raced: {wrong}", flush=True)
+                failed.append(one.name)
             except Exception as failure:  # whatever a peer raises, the others go on
                 print(f"  {one.name} fails: {_reason(failure)}", flush=True)
                 failed.append(one.name)
@@ -45,6 +52,17 @@ def measure(
         variant, of_one = replace(case, variant=one.variant), timing.Timing(ms / one.problems, spread)
         rows.append(results.row(run, variant, one.impl, of_one, errors[one]))
     return Measured(rows, failed)
+
+
+def measure_product(run: results.Run, rounds: int) -> results.Row:
+    """The row of the 8192³ bf16 matrix product, by which those of its run can be read."""
+    case = product()
+    with timing.stream("cuda"):
+        a, b = (torch.randn(case.seqlen_q, case.seqlen_k, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+        timing.heat()
+        timed = {"matmul": timing.Timed(lambda: a @ b, nullcontext)}
+        of_product = timing.in_turn(timed, timing.device_ms, rounds)["matmul"]
+    return results.row(run, case, "matmul", of_product, None)
 
 
 def _timed_call(case: Case, one: Contestant, device: str) -> timing.Call:

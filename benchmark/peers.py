@@ -1,7 +1,9 @@
 """The implementations that are compared, each behind the same signatures."""
 
 import importlib
+import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,18 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 import mini_flash_attention
 
 NAMES = ("mini", "mini-sm80", "sdpa-flash", "sdpa-cudnn", "fa2", "fa3", "fa4")
-_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
+_PACKAGES = {"fa2": "flash_attn", "fa4": "flash_attn.cute"}
 BACKEND = "MINI_FLASH_ATTENTION_BACKEND"
 
 
 class Implementation(NamedTuple):
     """Functions that take and return (batch, seqlen, heads, head_dim) tensors, None where it has none.
 
-    `call(q, k, v, causal)`: attention; ours takes flash_attn's other keywords too.
+    `call(q, k, v, causal, window)`: attention; of a window, a row sees that many keys before its own, and as
+    many behind it if not causal. Ours takes flash_attn's other keywords too.
     `varlen(q, k, v, cu_seqlens, longest)`: causal self-attention of packed (tokens, heads, head_dim)
     sequences; sequence i is cu_seqlens[i] to cu_seqlens[i + 1].
     `decode(q, k, v, seqlens)`: k and v are a cache; ours takes flash_attn's other keywords too.
@@ -66,10 +70,23 @@ def _make(name: str, device: str) -> Implementation:
             raise RuntimeError("is what mini runs on this GPU")
         # It has no decode: that kernel is the same one on every GPU.
         return Implementation(_mini, forced_sm80, _mini_varlen)
-    return _official(importlib.import_module(_PACKAGES[name]))
+    return _official(_fa3() if name == "fa3" else importlib.import_module(_PACKAGES[name]))
 
 
-def _mini(q: Tensor, k: Tensor, v: Tensor, causal: bool, **options: object) -> Tensor:
+def _fa3() -> ModuleType:
+    """FlashAttention-3 as built from its source, or the wheel `fa3-fwd`: bf16 forward, no windows or pages."""
+    if importlib.util.find_spec("flash_attn_interface") is not None:
+        return importlib.import_module("flash_attn_interface")
+    # The wheel's interface imports its build flags under the name that they have in the source.
+    sys.modules.setdefault("flash_attn_config", importlib.import_module("fa3_fwd_config"))
+    return importlib.import_module("fa3_fwd_interface")
+
+
+def _mini(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None, **options: object
+) -> Tensor:
+    if window is not None:
+        options["window_size"] = (window, 0 if causal else window)
     return mini_flash_attention.flash_attn_func(q, k, v, causal=causal, **options)
 
 
@@ -96,8 +113,12 @@ def _pytorch(backend: SDPBackend) -> Implementation:
     return Implementation(_sdpa, lambda: sdpa_kernel(backend), decode=_whole_cache(_sdpa))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None) -> Tensor:
+    if window is not None:
+        raise NotImplementedError("it has no windows")
     options = {"is_causal": causal, "enable_gqa": q.shape[2] != k.shape[2]}
+    if causal and q.shape[1] != k.shape[1]:  # is_causal would align the mask at the top left
+        options |= {"is_causal": False, "attn_mask": causal_lower_right(q.shape[1], k.shape[1])}
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
@@ -108,8 +129,9 @@ def _whole_cache(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _official(package: ModuleType) -> Implementation:
-    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        return _out(package.flash_attn_func(q, k, v, causal=causal))
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None) -> Tensor:
+        options = {} if window is None else {"window_size": (window, 0 if causal else window)}
+        return _out(package.flash_attn_func(q, k, v, causal=causal, **options))
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens)

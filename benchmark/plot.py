@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 PICTURE = ROOT / "docs" / "pictures" / "speed.svg"
 # Read on a white page and on a black one, so no colour is near either.
 INK, LOST = "#7d8590", "#e5534b"
-COLOURS = {"mini": "#3f8fe0", "fa4": "#d9822b", "sdpa-cudnn": "#4fa35a", "sdpa-flash": "#a371d8"}
+COLOURS = {
+    "mini": "#3f8fe0",
+    "fa4": "#d9822b",
+    "fa3": "#c2a83e",
+    "sdpa-cudnn": "#4fa35a",
+    "sdpa-flash": "#a371d8",
+}
 STYLE = {
     "svg.hashsalt": "mini-flash-attention",
     "svg.fonttype": "none",
@@ -67,6 +73,8 @@ def _draw_lengths(axis: "Axes", run: Sequence[Row]) -> None:
     rows = [row for row in run if (row.head_dim, row.causal, row.variant) == (128, 1, "plain")]
     for impl, colour in COLOURS.items():
         points = sorted((row.seqlen_k, row.tflops) for row in rows if row.impl == impl)
+        if not points:
+            continue
         axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour)
         raised = 4 if impl == "mini" else -3  # names of neighbours do not touch
         axis.annotate(impl, points[-1], (7, raised), textcoords="offset points", va="center", color=colour)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmark.cases import Case
+from benchmark.cases import PRODUCT, Case
 from benchmark.machine import Run
 from benchmark.timing import Timing
 
@@ -61,6 +61,7 @@ _WORK_RATE = Metric("TFLOP/s", lambda row: row.tflops, lambda row: f"{row.tflops
 _METRICS = {
     "prefill": _WORK_RATE,
     "varlen": _WORK_RATE,
+    "models": Metric("µs", lambda row: 1e3 * row.ms, lambda row: f"{1e3 * row.ms:.1f}", min),
     "decode": Metric(
         "GB/s (µs)", lambda row: row.gbps, lambda row: f"{row.gbps:.0f} ({1e3 * row.ms:.1f})", max
     ),
@@ -73,11 +74,15 @@ DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward
 
 def metric(row: Row) -> Metric:
     """What counts in a row."""
+    if row.variant == PRODUCT:
+        return _WORK_RATE
     return _HOST_TIME if is_host_time(row) else _METRICS[row.suite]
 
 
 def is_host_time(case: Case | Row) -> bool:
     """Whether the time is what the host spends on a call, rather than the device."""
+    if case.variant == PRODUCT:
+        return False
     return case.suite == "overhead" or case.suite == "decode" and case.variant.startswith("eager")
 
 
@@ -87,7 +92,7 @@ def row(run: Run, case: Case, impl: str, timing: Timing, max_error: float | None
     facts |= {"causal": int(case.causal), "impl": impl, "max_error": max_error}
     of_host = is_host_time(case)
     facts["tflops"] = None if of_host else case.flops / timing.ms / 1e9
-    facts["gbps"] = None if of_host else case.kv_bytes / timing.ms / 1e6
+    facts["gbps"] = None if of_host or case.variant == PRODUCT else case.kv_bytes / timing.ms / 1e6
     return Row(**{name: facts[name] for name in HEADER})
 
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmark import choices, classic, exactness, machine, memory, peers, plot, results
 from benchmark.cases import Case
-from benchmark.measure import line, measure
+from benchmark.measure import line, measure, measure_product
 from benchmark.peers import Implementations
 
 INTERRUPTED = 130  # what a shell calls a process that Ctrl-C ended
@@ -65,6 +65,11 @@ def _run(
     if timed:
         print("\nSpeed: all in turn, medians, ~ (p90 - p10) / median of the rounds;")
         print("  * is the fastest, [ratio to the plain kernel]")
+    if timed and device == "cuda":
+        rows.append(measure_product(run, rounds))
+        print(f"  8192³ bf16 matrix product: {rows[-1].tflops:.0f} TFLOP/s", flush=True)
+        if args.csv:
+            results.append(args.csv, rows)
     for number, case in enumerate(timed, 1):
         measured = measure(case, chosen, run, device, rounds)
         print(f"  [{number}/{len(timed)}] {case.suite} {case}: {line(measured.rows)}", flush=True)

@@ -11,30 +11,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark import compare, estimates, peers, results
+from benchmark import compare, peers, results
 from benchmark.cases import pair
 from benchmark.compare import BESIDE, FEATURES, Line
 from benchmark.machine import ROOT
 from benchmark.results import DIRECTIONS, Row, metric
 
+LOST = 0.995  # of the best other's speed; from there on it counts as equal
 START, END = "<!-- made by benchmark/table.py -->", "<!-- /made by benchmark/table.py -->"
 README, TABLES = ROOT / "README.md", ROOT / "docs" / "speed.md"
 _SUITES = {
     "prefill": "",
+    "models": "Shapes of models, ",
     "varlen": "Sequences of different lengths in one batch, ",
     "decode": "Decoding with a KV cache, ",
     "cpu": "CPU, ",
     "overhead": "Host time of one eager call, ",
 }
-_COLUMNS = ("mini", *FEATURES, *BESIDE, *peers.NAMES[1:], estimates.NAME)
+_COLUMNS = ("mini", *FEATURES, *BESIDE, *peers.NAMES[1:])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Rewrites both files in place."""
     description = __doc__ + " `benchmark/plot.py` draws the picture of the same runs."
     argparse.ArgumentParser(description=description).parse_args(arguments)
-    runs = compare.newest(compare.load())
-    for path, tables in ((README, summary(compare.kinds(runs))), (TABLES, render(runs))):
+    rows = compare.load()
+    runs = compare.newest(rows)
+    tables = render(runs, compare.products(rows))
+    for path, tables in ((README, summary(compare.kinds(runs))), (TABLES, tables)):
         path.write_text(insert(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
@@ -49,13 +53,16 @@ def insert(text: str, tables: str) -> str:
 
 def summary(kinds: Mapping[str, Sequence[Line]]) -> str:
     """A line a kind: our speed relative to the fastest of the others, from the worst case to the best."""
-    columns = "our speed / the best other's | cases | worst | typical | best | the worst case, and the best"
-    table = [f"| {columns} |", "|---|---|---|---|---|---|"]
+    columns = (
+        "our speed / the best other's | cases | lost | worst | typical | best | the worst case, and the best"
+    )
+    table = [f"| {columns} |", "|---|---|---|---|---|---|---|"]
     for kind, lines in kinds.items():
         worst = min(lines, key=lambda line: line.ratio)
         ratios = [line.ratio for line in lines]
         figures = [f"{figure:.2f}" for figure in (min(ratios), statistics.median(ratios), max(ratios))]
-        cells = (kind, str(len(lines)), *figures, f"{_facts(worst.case)}: {worst.peer}")
+        lost = sum(ratio < LOST for ratio in ratios)
+        cells = (kind, str(len(lines)), str(lost), *figures, f"{_facts(worst.case)}: {worst.peer}")
         table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
 
@@ -64,22 +71,40 @@ def _facts(row: Row) -> str:
     """A case in a few words."""
     head_dim, mask, *shape = _cells(row)
     mask = "causal" if row.causal else "full"
-    return ", ".join([f"D {head_dim}", mask, *(f"{name} {x}" for name, x in zip("SBH", shape, strict=True))])
+    name = f"{row.variant}: " if row.suite == "models" else ""
+    return name + ", ".join(
+        [f"D {head_dim}", mask, *(f"{name} {x}" for name, x in zip("SBH", shape, strict=True))]
+    )
 
 
-def render(runs: Sequence[Sequence[Row]]) -> str:
+def render(runs: Sequence[Sequence[Row]], products: Mapping[str, float] | None = None) -> str:
     """One Markdown table a run, each under a caption that says what was measured on what.
 
-    What features of ours cost is a table of its own.
+    What features of ours cost is a table of its own, and so is where we lose. `products` gives for a run's date
+    the TFLOP/s of a matrix product in it, of which our share is shown.
     """
-    tables = [table for run in runs for table in _tables(run)]
+    products = products or {}
+    tables = [table for run in runs for table in _tables(run, products.get(run[0].date))]
+    lost = [line for lines in compare.kinds(runs).values() for line in lines if line.ratio < LOST]
+    if lost:
+        tables.insert(0, _losses(lost))
     if not tables:
         return "No measurement is there yet: `python benchmark/run.py` makes one on your machine."
     return "\n\n".join(tables)
 
 
-def _tables(run: Sequence[Row]) -> Iterator[str]:
-    yield f"{_caption(run[0], '')}\n\n{_speeds(compare.without_features(run))}"
+def _losses(lost: Sequence[Line]) -> str:
+    """The cases in which another is faster, the worst first."""
+    table = ["**Where another is faster**, the worst first\n", "| what | case | the best other | ratio |"]
+    table.append("|---|---|---|---|")
+    for line in sorted(lost, key=lambda line: line.ratio):
+        cells = compare.kind(line.case), _facts(line.case), line.peer, f"{line.ratio:.2f}"
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def _tables(run: Sequence[Row], product: float | None) -> Iterator[str]:
+    yield f"{_caption(run[0], '')}\n\n{_speeds(compare.without_features(run), product)}"
     featured = compare.lines(row for row in run if row.impl == "mini")
     featured = [line for line in featured if not line.rows.keys().isdisjoint(FEATURES)]
     if featured:
@@ -95,11 +120,14 @@ def _caption(row: Row, more: str) -> str:
     return f"**{title}**<br>{', '.join(filter(None, machine))}, {row.date}"
 
 
-def _speeds(lines: Sequence[Line]) -> str:
-    """What all implementations reach, the fastest in bold, and how ours compares."""
+def _speeds(lines: Sequence[Line], product: float | None) -> str:
+    """What all implementations reach, the fastest in bold, and how ours compares, also with a matrix product."""
+    shares = product is not None and lines[0].case.suite in ("prefill", "varlen", "models")
+    named = ["model"] if lines[0].case.suite == "models" else []
     columns = [name for name in _COLUMNS if any(name in line.rows for line in lines)]
     heads = [f"mini {name}" if name in BESIDE else name for name in columns]
-    table = [_header([*heads, "mini / best peer"])]
+    shared = [f"mini / 8192³ product ({product:.0f} TFLOP/s)"] if shares else []
+    table = [_header([*named, *heads, "mini / best peer", *shared])]
     for line in lines:
         shown, speeds = metric(line.case), line.speeds
         best = shown.best(speeds.values())
@@ -107,7 +135,10 @@ def _speeds(lines: Sequence[Line]) -> str:
         for name in columns:
             text = shown.text(line.rows[name]) if name in line.rows else "–"
             cells.append(f"**{text}**" if speeds.get(name) == best else text)
-        table.append(_line(line.case, [*cells, f"{line.ratio:.2f}" if line.peer else "–"]))
+        cells.append(f"{line.ratio:.2f}" if line.peer else "–")
+        if shares:
+            cells.append(f"{line.rows['mini'].tflops / product:.2f}" if "mini" in line.rows else "–")
+        table.append(_line(line.case, [line.case.variant, *cells] if named else cells))
     return "\n".join(table)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmark.cases import Case
-from benchmark.exactness import distance, one_head, oracle
+from benchmark.exactness import check_close, one_group, oracle, oracle_gradients
 from benchmark.peers import Implementation, Implementations
 
 PAGE_SIZES = (1, 16, 64, 256)
@@ -26,7 +26,8 @@ class Contestant(NamedTuple):
     variant: str
     call: Callable[[], object]
     scope: Callable[[], AbstractContextManager]
-    error: Callable[[Tensor], float] | None = None  # of what call() returns; None where not known
+    # Of what call() returns, an output or gradients: raises exactness.Wrong. None where not known.
+    error: Callable[..., float] | None = None
     problems: int = 1  # that one call solves
 
     @property
@@ -42,12 +43,32 @@ def contestants(case: Case, implementations: Implementations, device: str) -> It
 
 def _dense(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
     inputs = case.inputs(device)
-    error = _error(case, inputs)
+    q, *keys_and_values = inputs
+    dout = _dout(case, inputs)
+    error = _error(case, inputs, dout)
+    copies = max(2, -(-_ROTATED // case.kv_bytes)) if _reads_a_cache(case) else 1
+    caches = [keys_and_values]
+    caches += [[torch.randn_like(x) for x in keys_and_values] for _ in range(copies - 1)]
+    options = {} if case.window is None else {"window": case.window}
+    seqlens = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=device)
     for name, impl in implementations.items():
-        forward = functools.partial(impl.call, *inputs, case.causal)
-        yield Contestant(name, case.variant, _task(case, forward, inputs), impl.scope, error)
+        attention, rest = impl.call, (case.causal,)
+        if case.seqlen_q == 1 and impl.decode is not None and not name.startswith("mini"):
+            attention, rest = impl.decode, (seqlens,)  # peers' best for one query
+        calls = [functools.partial(attention, q, *cache, *rest, **options) for cache in caches]
+        forward = calls[0] if copies == 1 else functools.partial(_all, calls)
+        yield Contestant(name, case.variant, _task(case, forward, inputs, dout), impl.scope, error, copies)
     if "mini" in implementations:
         yield from _features(case, implementations["mini"], inputs)
+
+
+def _reads_a_cache(case: Case) -> bool:
+    return case.suite == "models" and case.direction == "fwd" and case.seqlen_q <= 64
+
+
+def _all(calls: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """The result of the first."""
+    return [call() for call in calls][0]
 
 
 def _features(case: Case, mini: Implementation, inputs: Sequence[Tensor]) -> Iterator[Contestant]:
@@ -65,7 +86,7 @@ def _features(case: Case, mini: Implementation, inputs: Sequence[Tensor]) -> Ite
         features["deterministic"] = {"deterministic": True}
     for variant, options in features.items():
         forward = functools.partial(mini.call, *inputs, case.causal, **options)
-        yield Contestant("mini", variant, _task(case, forward, inputs), mini.scope)
+        yield Contestant("mini", variant, _task(case, forward, inputs, _dout(case, inputs)), mini.scope)
 
 
 def _varlen(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
@@ -74,14 +95,15 @@ def _varlen(case: Case, implementations: Implementations, device: str) -> Iterat
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = case.lengths.index(case.seqlen_q)
     rows = slice(bounds[longest], bounds[longest + 1])
-    error = _error(case, inputs, lambda packed: packed[None, rows])
+    dout = _dout(case, inputs)
+    error = _error(case, inputs, dout, lambda packed: packed[None, rows])
     for name, impl in implementations.items():
         if impl.varlen is not None:
             forward = functools.partial(impl.varlen, *inputs, cu_seqlens, case.seqlen_q)
-            yield Contestant(name, case.variant, _task(case, forward, inputs), impl.scope, error)
+            yield Contestant(name, case.variant, _task(case, forward, inputs, dout), impl.scope, error)
     if "mini" in implementations and len(set(case.lengths)) == 1:
         forward = functools.partial(_unpacked, implementations["mini"], case, *inputs)
-        yield Contestant("mini", "dense", _task(case, forward, inputs), nullcontext)
+        yield Contestant("mini", "dense", _task(case, forward, inputs, dout), nullcontext)
 
 
 def _unpacked(mini: Implementation, case: Case, *packed: Tensor) -> Tensor:
@@ -102,7 +124,7 @@ def _decode(case: Case, implementations: Implementations, device: str) -> Iterat
         calls = [functools.partial(decode, q, *cache, seqlens, **options) for cache in caches]
         return calls[0] if eager else lambda: [call() for call in calls][0]
 
-    error = _error(case, (q, *cache))
+    error = _error(case, (q, *cache), None)
     for name, impl in implementations.items():
         if impl.decode is not None:
             yield Contestant(name, case.variant, each(impl.decode, caches), impl.scope, error, copies)
@@ -116,7 +138,9 @@ def _decode(case: Case, implementations: Implementations, device: str) -> Iterat
         pages = [[_pages(tensor, size) for tensor in cache] for cache in caches]
         call = each(mini.decode, pages, block_table=table)
         first = [tensor[table[0]].flatten(0, 1)[None] for tensor in pages[0]]
-        yield Contestant("mini", f"{prefix}paged{size}", call, nullcontext, _error(case, (q, *first)), copies)
+        yield Contestant(
+            "mini", f"{prefix}paged{size}", call, nullcontext, _error(case, (q, *first), None), copies
+        )
     if eager:  # with the newest token's key and value, so the cache is another one afterwards
         seqlens = seqlens - 1
         k, v = (torch.randn_like(tensor[:, :1]) for tensor in cache)
@@ -127,11 +151,16 @@ def _pages(cache: Tensor, size: int) -> Tensor:
     return cache.view(-1, size, *cache.shape[2:])
 
 
-def _task(case: Case, forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:
+def _dout(case: Case, inputs: Sequence[Tensor]) -> Tensor | None:
+    return None if case.direction == "fwd" else torch.randn_like(inputs[0], requires_grad=False)
+
+
+def _task(
+    case: Case, forward: Callable[[], Tensor], inputs: Sequence[Tensor], dout: Tensor | None
+) -> Callable[[], object]:
     """What is timed: the forward pass, the backward pass of one forward pass, or both."""
     if case.direction == "fwd":
         return forward
-    dout = torch.randn_like(inputs[0], requires_grad=False)
     if case.direction == "fwdbwd":
         return lambda: torch.autograd.grad(forward(), inputs, dout)
     out = functools.cache(forward)
@@ -139,13 +168,24 @@ def _task(case: Case, forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -
 
 
 def _error(
-    case: Case, inputs: Sequence[Tensor], batched: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> Callable[[Tensor], float] | None:
-    """How far the first head of the first sequence of an output is off; None where no output is timed.
+    case: Case,
+    inputs: Sequence[Tensor],
+    dout: Tensor | None,
+    batched: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Callable[..., float]:
+    """How far results are off, in the first sequence, for its first key head and the query heads of that.
 
     `batched` makes (1, seqlen, heads, head_dim) of a packed tensor, for the sequence to look at.
     """
-    if case.direction != "fwd":
-        return None
-    exact = oracle(*one_head(*map(batched, inputs)), case.causal)
-    return lambda out: distance(batched(out)[:1, :, :1], exact)
+    group = one_group(*map(batched, inputs))
+    heads, mask = group[0].shape[2], (case.causal, case.window)
+    if dout is None:
+        exact = oracle(*group, *mask)
+        return lambda out: check_close({"the output": (batched(out)[:1, :, :heads], exact)})
+    gradients = oracle_gradients(group, batched(dout)[:1, :, :heads], *mask)
+
+    def error(results: Sequence[Tensor]) -> float:
+        pairs = zip(("dq", "dk", "dv"), results, gradients, strict=True)
+        return check_close({n: (batched(x)[:1, :, : e.shape[2]], e) for n, x, e in pairs})
+
+    return error
