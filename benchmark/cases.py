@@ -29,7 +29,7 @@ class Case:
     head_dim: int
     causal: bool
     variant: str = "plain"
-    window: int | None = None  # keys that a row sees left of its own (and right of it, if not causal)
+    window: int | None = None  # of a causal case: keys that a row sees beside its own
     lengths: tuple[int, ...] = ()  # of sequences packed one behind the other; seqlen_* is the longest
 
     @property
@@ -45,8 +45,7 @@ class Case:
         return 4.0 * self.heads_q * scores * self.head_dim * _PASSES[self.direction]
 
     def _seen(self, seqlen_q: int, seqlen_k: int) -> float:
-        right = 0 if self.causal else self.window
-        seen = seqlen_q * seqlen_k if right is None else _below(seqlen_q, seqlen_k, right)
+        seen = _below(seqlen_q, seqlen_k, 0) if self.causal else seqlen_q * seqlen_k
         return seen if self.window is None else seen - _below(seqlen_q, seqlen_k, -self.window)
 
     @property
@@ -77,7 +76,7 @@ class Case:
 
 
 def _below(seqlen_q: int, seqlen_k: int, shift: int) -> float:
-    """The area of a rectangle below its diagonal, which ends in the lower right corner, moved to the right."""
+    """The area of a rectangle below its diagonal, from the lower right corner, moved right."""
     start, stop = seqlen_k - seqlen_q + shift, seqlen_k + shift  # where it meets the first and the last row
 
     def integral(x: float) -> float:

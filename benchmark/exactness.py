@@ -59,9 +59,8 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = N
     blocks = []
     for start in range(0, seqlen_q, _ROWS):
         stop = min(start + _ROWS, seqlen_q)
-        # A window that ends right of the diagonal would be aligned elsewhere if there were fewer keys.
         keys = max(0, stop + seqlen_k - seqlen_q) if causal else seqlen_k
-        right = 0 if causal else window
+        right = 0 if causal else None
         block = (q[:, start:stop], k[:, :keys], v[:, :keys])
         blocks.append(reference.attention(*block, window_left=window, window_right=right, dtype=dtype)[0])
     return torch.cat(blocks, dim=1)
@@ -79,7 +78,7 @@ def oracle_gradients(
         rows = slice(start, min(start + _ROWS, seqlen_q))
         keys = slice(0, max(0, rows.stop + seqlen_k - seqlen_q) if causal else seqlen_k)
         leaves = [x.to(dtype).requires_grad_() for x in (q[:, rows], k[:, keys], v[:, keys])]
-        limits = {"window_left": window, "window_right": 0 if causal else window}
+        limits = {"window_left": window, "window_right": 0 if causal else None}
         with torch.enable_grad():
             out, _ = reference.attention(*leaves, **limits)
         block = torch.autograd.grad(out, leaves, dout[:, rows].to(dtype))

@@ -1,4 +1,4 @@
-"""Shapes of real models: what the suite `models` times. Heads and head dims are those of the published configurations.
+"""Shapes of real models: what the suite `models` times, with heads and head dims as published.
 
 A name says what a shape is: the model, what of it, and `window` with the keys that a row sees beside its own.
 """

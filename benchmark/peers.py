@@ -26,8 +26,8 @@ BACKEND = "MINI_FLASH_ATTENTION_BACKEND"
 class Implementation(NamedTuple):
     """Functions that take and return (batch, seqlen, heads, head_dim) tensors, None where it has none.
 
-    `call(q, k, v, causal, window)`: attention; of a window, a row sees that many keys before its own, and as
-    many behind it if not causal. Ours takes flash_attn's other keywords too.
+    `call(q, k, v, causal, window)`: attention; with a window, which is causal, a row sees that many keys
+    before its own. Ours takes flash_attn's other keywords too.
     `varlen(q, k, v, cu_seqlens, longest)`: causal self-attention of packed (tokens, heads, head_dim)
     sequences; sequence i is cu_seqlens[i] to cu_seqlens[i + 1].
     `decode(q, k, v, seqlens)`: k and v are a cache; ours takes flash_attn's other keywords too.
@@ -74,7 +74,7 @@ def _make(name: str, device: str) -> Implementation:
 
 
 def _fa3() -> ModuleType:
-    """FlashAttention-3 as built from its source, or the wheel `fa3-fwd`: bf16 forward, no windows or pages."""
+    """FlashAttention-3, built from source or the wheel `fa3-fwd`: bf16 forward, no windows or pages."""
     if importlib.util.find_spec("flash_attn_interface") is not None:
         return importlib.import_module("flash_attn_interface")
     # The wheel's interface imports its build flags under the name that they have in the source.
@@ -86,7 +86,7 @@ def _mini(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None, **options: object
 ) -> Tensor:
     if window is not None:
-        options["window_size"] = (window, 0 if causal else window)
+        options["window_size"] = (window, 0)
     return mini_flash_attention.flash_attn_func(q, k, v, causal=causal, **options)
 
 
@@ -130,7 +130,7 @@ def _whole_cache(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _official(package: ModuleType) -> Implementation:
     def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None) -> Tensor:
-        options = {} if window is None else {"window_size": (window, 0 if causal else window)}
+        options = {} if window is None else {"window_size": (window, 0)}
         return _out(package.flash_attn_func(q, k, v, causal=causal, **options))
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:

@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=description).parse_args(arguments)
     rows = compare.load()
     runs = compare.newest(rows)
-    tables = render(runs, compare.products(rows))
-    for path, tables in ((README, summary(compare.kinds(runs))), (TABLES, tables)):
+    pages = ((README, summary(compare.kinds(runs))), (TABLES, render(runs, compare.products(rows))))
+    for path, tables in pages:
         path.write_text(insert(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
@@ -80,8 +80,8 @@ def _facts(row: Row) -> str:
 def render(runs: Sequence[Sequence[Row]], products: Mapping[str, float] | None = None) -> str:
     """One Markdown table a run, each under a caption that says what was measured on what.
 
-    What features of ours cost is a table of its own, and so is where we lose. `products` gives for a run's date
-    the TFLOP/s of a matrix product in it, of which our share is shown.
+    What features of ours cost is a table of its own, and so is where we lose. `products` gives for a
+    run's date the TFLOP/s of a matrix product in it, of which our share is shown.
     """
     products = products or {}
     tables = [table for run in runs for table in _tables(run, products.get(run[0].date))]
@@ -121,7 +121,7 @@ def _caption(row: Row, more: str) -> str:
 
 
 def _speeds(lines: Sequence[Line], product: float | None) -> str:
-    """What all implementations reach, the fastest in bold, and how ours compares, also with a matrix product."""
+    """What all implementations reach, the fastest in bold, how ours compares with them and with a matrix product."""
     shares = product is not None and lines[0].case.suite in ("prefill", "varlen", "models")
     named = ["model"] if lines[0].case.suite == "models" else []
     columns = [name for name in _COLUMNS if any(name in line.rows for line in lines)]

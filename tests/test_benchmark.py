@@ -15,7 +15,6 @@ from benchmark import (
     cases,
     choices,
     compare,
-    estimates,
     exactness,
     machine,
     measure,
@@ -53,7 +52,12 @@ def test_flops_and_bytes() -> None:
     full = cases.Case("prefill", "fwd", "bf16", 2, 3, 5, 8, 2, 64, causal=False)
     assert full.flops == 4 * 2 * 8 * 3 * 5 * 64
     assert full.kv_bytes == 2 * 2 * 5 * 2 * 64 * 2
-    assert replace(full, causal=True).flops == full.flops / 2
+    assert replace(full, causal=True).flops == 4 * 2 * 8 * 64 * (3 * 5 - 3 * 3 / 2)
+    square = replace(full, seqlen_q=5)
+    assert replace(square, causal=True).flops == square.flops / 2
+    windowed = replace(square, causal=True, window=2)
+    assert windowed.flops == 4 * 2 * 8 * 64 * (5 * 5 / 2 - 3 * 3 / 2)
+    assert cases.product().flops == 2 * 8192**3
     assert replace(full, direction="bwd").flops == 2.5 * full.flops
     assert replace(full, direction="fwdbwd").flops == 3.5 * full.flops
 
@@ -92,13 +96,12 @@ def test_decode_speeds_are_those_of_the_quoted_times() -> None:
     for case, (us, speed) in zip(plain, quoted, strict=True):
         row = results.row(RUN, case, "sdpa-cudnn", timing.Timing(us / 1e3, 0.0), None)
         assert row.gbps / 1e3 == pytest.approx(speed, abs=0.01)
-        assert estimates.fa3({"sdpa-cudnn": row}).gbps < row.gbps
     row = results.row(RUN, eager, "mini", timing.Timing(0.02, 0.0), None)
     assert (row.tflops, row.gbps) == (None, None)
     assert results.metric(row).of(row) == 20.0
 
 
-@pytest.mark.parametrize("make", [cases.backward, cases.varlen, cases.decode])
+@pytest.mark.parametrize("make", [cases.backward, cases.models, cases.varlen, cases.decode])
 def test_a_cpu_runs_only_what_is_made_for_it(make: Callable) -> None:
     assert not list(make("cpu"))
 
@@ -230,6 +233,59 @@ def test_oracle_in_blocks_is_the_oracle(
     torch.testing.assert_close(exactness.oracle(*inputs, causal), whole)
 
 
+def test_models_are_many_and_each_has_a_name_of_its_own() -> None:
+    shapes = cases.models("cuda")
+    assert len({case.variant for case in shapes}) == len(shapes) >= 40
+    assert sum(case.direction == "bwd" and case.heads_q > case.heads_k for case in shapes) >= 8
+    for case in shapes:
+        assert case.heads_q % case.heads_k == 0
+        assert (case.window is not None) == ("window" in case.variant)
+        assert case.window is None or case.variant.endswith(f"window{case.window}") and case.causal
+    sections, timed = choices.sections_and_cases(["models", "variant=falcon-7b-train-4k"], "cuda")
+    assert sections == ["models"] and [case.heads_q for case in timed] == [71]
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize(("queries", "window"), [(40, None), (40, 7), (3, None)])
+def test_models_are_measured_and_a_wrong_peer_is_named(
+    direction: str,
+    queries: int,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    shape = (2, queries, 64, 6, 2, 16)
+    case = cases.Case("models", direction, "fp32", *shape, True, "tiny", window)
+    monkeypatch.setattr(workloads, "_ROTATED", 3 * case.kv_bytes)
+    monkeypatch.setattr(exactness, "_ROWS", 16)
+    found, _ = peers.available("cpu")
+    right = found["mini"].call
+    found |= {"fa4": peers.Implementation(lambda q, *rest, **options: right(1.3 * q, *rest, **options))}
+    result = measure.measure(case, found, RUN, "cpu", rounds=1)
+    can = ["mini", "sdpa-flash"] if window is None else ["mini"]
+    assert [row.impl for row in result.rows] == can
+    assert all(row.max_error < 1e-4 and row.variant == "tiny" for row in result.rows)
+    assert (
+        "fa4 tiny" in result.failed
+        and "fa4 tiny is WRONG, not raced: the largest error of" in capsys.readouterr().out
+    )
+
+
+def test_table_of_models_has_names_losses_and_shares() -> None:
+    case = cases.Case("models", "bwd", "bf16", 1, 4096, 4096, 8, 1, 128, True, "llama")
+    rows = [
+        results.row(RUN, case, impl, timing.Timing(ms, 0.0), 1e-3)
+        for impl, ms in (("mini", 0.5), ("fa4", 0.25))
+    ]
+    rows.append(results.row(RUN, cases.product(), "matmul", timing.Timing(2 * 8192**3 / 700e9, 0.0), None))
+    runs = compare.newest(rows)
+    assert [len(of_kind) for of_kind in runs] == [2]
+    text = table.render(runs, compare.products(rows))
+    assert "| Shapes of models, backward | llama: D 128, causal, S 4096, B 1, H 8/1 | fa4 | 0.50 |" in text
+    share = case.flops / 0.5e-3 / 700e12
+    assert f"| 128 | yes | 4096 | 1 | 8/1 | llama | 500.0 | **250.0** | 0.50 | {share:.2f} |" in text
+
+
 def test_forcing_the_sm80_path_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     for before in (None, "cpu"):
         monkeypatch.delenv(peers.BACKEND, raising=False)
@@ -260,22 +316,11 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
         results.read(path)
 
 
-def test_estimate_is_the_larger_one_and_only_where_measured() -> None:
-    rows = {"sdpa-cudnn": measured("sdpa-cudnn", 500.0), "fa4": measured("fa4", 560.0)}
-    estimate = estimates.fa3(rows)
-    assert estimate.tflops == pytest.approx(max(500 * 1.27, 560 * 1.11))
-    assert estimate.ms * estimate.tflops == pytest.approx(rows["fa4"].ms * rows["fa4"].tflops)
-    elsewhere = {name: replace(row, gpu="NVIDIA A100") for name, row in rows.items()}
-    assert estimates.fa3(elsewhere) is None
-    backward = {name: replace(row, direction="bwd") for name, row in rows.items()}
-    assert estimates.fa3(backward) is None
-
-
 def test_table_shows_the_newest_run_its_best_and_its_losses() -> None:
     old = replace(RUN, date="2024-01-01T00:00:00Z")
     rows = [measured("mini", 900.0, run=old), measured("mini", 600.0), measured("fa4", 620.0)]
     text = table.render(compare.newest(rows))
-    assert "| 128 | yes | 4096 | 4 | 16 | 600 | 620 | **688** | 0.87 |" in text
+    assert "| 128 | yes | 4096 | 4 | 16 | 600 | **620** | 0.97 |" in text
     assert RUN.date in text and RUN.gpu in text and old.date not in text
 
 
@@ -286,12 +331,12 @@ def test_table_of_features_gives_shares_of_the_plain_speed() -> None:
         replace(measured("mini", 480.0), variant="alibi"),
     ]
     speeds, features = table.render(compare.newest(rows)).split("\n\n**")
-    assert "alibi" not in speeds and "| **600** | 500 | 555 | 1.08 |" in speeds
+    assert "alibi" not in speeds and "| **600** | 500 | 1.20 |" in speeds
     assert "| D | causal | S | B | H | mini | alibi |" in features
     assert "| 128 | yes | 4096 | 4 | 16 | 600 | 480 [0.80] |" in features
 
 
-def test_table_of_decoding_has_pages_and_an_estimate() -> None:
+def test_table_of_decoding_has_pages() -> None:
     def decoded(impl: str, us: float, variant: str = "plain") -> results.Row:
         case = cases.Case("decode", "fwd", "bf16", 1, 1, 8192, 32, 8, 128, False, variant=variant)
         return results.row(RUN, case, impl, timing.Timing(us / 1e3, 0.0), None)
@@ -300,8 +345,8 @@ def test_table_of_decoding_has_pages_and_an_estimate() -> None:
     eager = [decoded("mini", 15.0, "eager"), decoded("sdpa-cudnn", 30.0, "eager")]
     eager.append(decoded("mini", 16.0, "eager append"))
     device, host = table.render(compare.newest(rows + eager)).split("\n\n**")
-    assert "| mini | mini paged16 | sdpa-cudnn | fa3 (est.) | mini / best peer |" in device
-    cells = "**1678 (20.0)** | 1637 (20.5) | 1252 (26.8) | 1118 (30.0) | 1.34"
+    assert "| mini | mini paged16 | sdpa-cudnn | mini / best peer |" in device
+    cells = "**1678 (20.0)** | 1637 (20.5) | 1252 (26.8) | 1.34"
     assert f"| 128 | no | 1/8192 | 1 | 32/8 | {cells} |" in device
     assert "host time of one eager call: µs" in host
     assert "| 128 | no | 1/8192 | 1 | 32/8 | **15.0** | 16.0 | 30.0 | 2.00 |" in host
@@ -328,17 +373,18 @@ def test_summary_tells_the_worst_case_of_a_kind() -> None:
     rows += [replace(row, suite="cpu", driver="", dtype="fp32") for row in rows]
     lines = table.summary(compare.kinds(compare.newest(rows))).splitlines()[2:]
     assert lines == [
-        "| Forward | 2 | 0.92 | 1.01 | 1.10 | D 128, causal, S 1024, B 16, H 16: fa3 (est.) |",
-        "| CPU | 2 | 0.95 | 1.09 | 1.23 | D 128, causal, S 1024, B 16, H 16: sdpa-cudnn |",
+        "| Forward | 2 | 1 | 0.95 | 1.09 | 1.23 | D 128, causal, S 1024, B 16, H 16: sdpa-cudnn |",
+        "| CPU | 2 | 1 | 0.95 | 1.09 | 1.23 | D 128, causal, S 1024, B 16, H 16: sdpa-cudnn |",
     ]
 
 
 def test_pages_show_what_the_results_give() -> None:
     """Else: python benchmark/table.py."""
-    runs = compare.newest(compare.load())
+    rows = compare.load()
+    runs = compare.newest(rows)
     for path, tables in (
         (table.README, table.summary(compare.kinds(runs))),
-        (table.TABLES, table.render(runs)),
+        (table.TABLES, table.render(runs, compare.products(rows))),
     ):
         text = path.read_text(encoding="utf-8")
         assert table.insert(text, tables) == text
@@ -427,10 +473,16 @@ def words(picture: Path) -> list[str]:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--only sweeep", "'sweeep' is none of accuracy, classic, sweep, backward, varlen, decode, overhead"),
-        ("--only size=3", "'size' is none of D, S, causal, direction"),
+        (
+            "--only sweeep",
+            "'sweeep' is none of accuracy, classic, sweep, backward, models, varlen, decode, overhead",
+        ),
+        ("--only size=3", "'size' is none of D, S, causal, direction, variant"),
         ("--only S=512,77", "no case has S=77: S is 512, 1024, 4096"),
-        ("--only overhead D=64", "D filters sweep, backward, varlen, decode alone, and none is chosen"),
+        (
+            "--only overhead D=64",
+            "D filters sweep, backward, models, varlen, decode alone, and none is chosen",
+        ),
         ("--only overhead backward", "backward: nothing of this runs on a CPU"),
         ("--only memory", "memory: nothing of this runs on a CPU"),
         ("--impls mini,fa9", "'fa9' is none of mini, mini-sm80"),
