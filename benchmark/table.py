@@ -121,7 +121,7 @@ def _caption(row: Row, more: str) -> str:
 
 
 def _speeds(lines: Sequence[Line], product: float | None) -> str:
-    """What all implementations reach, the fastest in bold, how ours compares with them and with a matrix product."""
+    """What all implementations reach, the fastest in bold; how ours compares, also with a product."""
     shares = product is not None and lines[0].case.suite in ("prefill", "varlen", "models")
     named = ["model"] if lines[0].case.suite == "models" else []
     columns = [name for name in _COLUMNS if any(name in line.rows for line in lines)]
