@@ -194,7 +194,7 @@ def test_who_fails_is_named_and_the_others_are_timed(capsys: pytest.CaptureFixtu
 
     impls = {
         name: peers.Implementation(fail, decode=decode)
-        for name, decode in (("mini", fail), ("fa4", lambda q, k, v, seqlens: q))
+        for name, decode in (("mini", fail), ("fa4", peers.available("cpu")[0]["mini"].decode))
     }
     result = measure.measure(tiny_decode(), impls, RUN, "cpu", rounds=1)
     assert result.failed == ["mini", "mini paged1", "mini paged16", "mini paged64", "mini paged256"]
@@ -484,6 +484,7 @@ def words(picture: Path) -> list[str]:
             "D filters sweep, backward, models, varlen, decode alone, and none is chosen",
         ),
         ("--only overhead backward", "backward: nothing of this runs on a CPU"),
+        ("--only models", "models: nothing of this runs on a CPU"),
         ("--only memory", "memory: nothing of this runs on a CPU"),
         ("--impls mini,fa9", "'fa9' is none of mini, mini-sm80"),
         ("--impls mini,fa3", "fa3 is not here: needs a GPU"),
@@ -535,7 +536,7 @@ def test_a_filter_that_leaves_a_section_nothing() -> None:
         choices.sections_and_cases(["sweep", "backward", "D=64", "S=512"], "cuda")
     sections, timed = choices.sections_and_cases(["D=64", "S=512"], "cuda")
     assert sections == choices.SECTIONS
-    assert [case for case in timed if case.suite not in ("overhead",) and case.dtype != "fp16"] == [
+    assert [case for case in timed if case.suite not in ("overhead", "models") and case.dtype != "fp16"] == [
         case for case in cases.sweep("cuda") if (case.head_dim, case.seqlen_k) == (64, 512)
     ]
 
