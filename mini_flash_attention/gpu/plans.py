@@ -81,6 +81,7 @@ class BackwardPlan(NamedTuple):
     window: tuple[int, int]
     dropout_p: float
     workspace: config.Workspace
+    heads_per_tile: int  # query heads of a group that a thread block walks
     num_sms: int | None = None
 
 
@@ -110,8 +111,7 @@ def attention(problem: Problem, num_splits: int, path: str) -> ForwardPlan | Dec
         )
     if problem.empty:
         return ForwardPlan(None, problem.device.index, results(problem, False), score(problem))
-    can_decode = problem.ragged and not problem.dropout_p
-    if can_decode and (num_splits > 1 or decoding_pays(problem, path)):
+    if not problem.dropout_p and (num_splits > 1 or decoding_pays(problem, path)):
         return decode(problem, num_splits)
     return forward(problem, path)
 
@@ -149,11 +149,13 @@ def decode(problem: Problem, num_splits: int) -> DecodePlan:
 def backward(problem: Problem, path: str) -> BackwardPlan:
     numbers = problem.device.index, sign(problem), score(problem), window(problem), problem.dropout_p
     if problem.empty:
-        return BackwardPlan(None, *numbers, config.Workspace((), (), ()))
+        return BackwardPlan(None, *numbers, config.Workspace((), (), (), (), ()), problem.group)
     row = backward_config(problem, path, arch_of(problem))
-    workspace = config.workspace(row, problem.batch, problem.heads_q, problem.seqlen_q)
+    per = heads_per_tile(problem, row)
+    q, k = (problem.seqlen_q, problem.heads_q), (problem.seqlen_k, problem.heads_k * (per < problem.group))
+    workspace = config.workspace(row, problem.batch, q, k, problem.packed_k)
     num_sms = sms(problem) if row.kernel == "backward.sm90" else None
-    return BackwardPlan(compile.get(row), *numbers, workspace, num_sms)
+    return BackwardPlan(compile.get(row), *numbers, workspace, per, num_sms)
 
 
 def append(problem: Problem, rotary: str) -> AppendPlan:
@@ -269,6 +271,20 @@ def swath(row: config.ForwardConfig, problem: Problem, num_sms: int) -> int:
     heads = problem.heads_q * (1 if problem.ragged else problem.batch)  # ragged: of one sequence
     size = min(32, max(problem.head_dim // 8, round(4 * num_sms / tiles)))
     return -(-heads // max(1, round(heads / size)))
+
+
+def heads_per_tile(problem: Problem, row: config.BackwardConfig) -> int:
+    """Query heads of a group that a thread block of the backward pass walks."""
+    steps, key_blocks = -(-problem.longest_q // row.tile_m), -(-problem.seqlen_k // row.tile_n)
+    if problem.window_left is not None:
+        seen = problem.window_left + (problem.window_right or 0) + row.tile_n
+        steps = min(steps, -(-seen // row.tile_m))
+    if not problem.packed_k:
+        key_blocks *= problem.batch
+    shape, uneven = (row.tile_m, row.tile_n), row.mask == "causal"
+    return splits.heads_per_tile(
+        problem.group, key_blocks * problem.heads_k, steps, uneven, shape, sms(problem)
+    )
 
 
 def choose_splits(problem: Problem, row: config.Decode, num_sms: int) -> int:

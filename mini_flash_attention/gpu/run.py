@@ -7,16 +7,20 @@ from mini_flash_attention import kv_append
 from mini_flash_attention.gpu import fast, inputs
 from mini_flash_attention.gpu.plans import AppendPlan, BackwardPlan, DecodePlan, ForwardPlan
 from mini_flash_attention.kernels.calls import Backward, Ragged, record
-from mini_flash_attention.problem import CacheUpdate, Inputs, Problem
+from mini_flash_attention.problem import CacheUpdate, Inputs, Layout, Problem
 
 AttentionPlan = ForwardPlan | DecodePlan
+DENSE = Layout()  # every sequence has a row of k, and fills it
 
 
 def forward(
     plan: AttentionPlan, problem: Problem, x: Inputs, out: Tensor | None, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """backend.forward. Rows of q that are in no sequence have no result."""
-    ragged = None if x.layout is None else inputs.ragged(problem, x.layout)
+    layout = x.layout
+    if layout is None and type(plan) is DecodePlan:
+        layout = DENSE
+    ragged = None if layout is None else inputs.ragged(problem, layout)
     return attend(plan, problem, x, ragged, out, with_lse)
 
 
@@ -153,8 +157,9 @@ def launch_backward(
     if x.alibi_slopes is not None:
         score = inputs.with_slopes(score, x.alibi_slopes, problem.batch)
     gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:3]]
-    stats, dq_acc = (lse.new_empty(shape) for shape in plan.workspace[:2])
-    turns = lse.new_empty(plan.workspace.turns, dtype=torch.int32)
+    space = plan.workspace
+    stats, dq_acc, dkv_acc = (lse.new_empty(shape) for shape in (space.stats, space.dq_acc, space.dkv_acc))
+    turns, key_turns = (lse.new_empty(shape, dtype=torch.int32) for shape in (space.turns, space.key_turns))
     left, right = plan.window
     call = Backward(
         *x[:3],
@@ -172,6 +177,9 @@ def launch_backward(
         None if x.layout is None else inputs.ragged(problem, x.layout),
         inputs.dropout(x.seed, plan.dropout_p) if plan.dropout_p else None,
         turns,
+        plan.heads_per_tile,
+        dkv_acc,
+        key_turns,
         plan.num_sms,
     )
     plan.launch(*call)

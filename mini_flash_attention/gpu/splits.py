@@ -1,4 +1,4 @@
-"""Decoding or the forward kernels, and over how many splits of the keys: models of times, on plain numbers.
+"""How work is divided over thread blocks, and whether decoding pays: models of times, on plain numbers.
 
 All that is decided here follows from sizes that the host knows. How many keys each sequence has, it does not:
 that stands in GPU memory, and the kernel divides what it finds.
@@ -19,6 +19,10 @@ MERGE, MERGE_SPLIT = 1.4, 0.03  # of all splits, and of each
 # TFLOP/s that mma.sync and wgmma reach on an H100 (docs/worklog.md).
 MMA_RATE, WGMMA_RATE = 350, 650
 FORWARD_TILE_M = 128
+# Of a thread block of the backward pass on an H100 (docs/worklog.md), in the time that a query block takes.
+TILE_START = 2.0
+TILE_SHARES = 1.5  # adding its dK and dV in float32, for a square tile
+LAST_TILES = 0.25  # of the longest tile: how long SMs are idle at the end, if tiles are of different length
 
 
 def best_splits(tiles: int, rows: float, blocks: int, block_size: int, num_sms: int, resident: int) -> int:
@@ -67,3 +71,32 @@ def decoding_pays(decode_rows: int, forward_tiles: int, wgmma: bool, num_sms: in
     """
     rate = WGMMA_RATE if wgmma else MMA_RATE
     return decode_rows / MMA_RATE < max(forward_tiles, num_sms) * FORWARD_TILE_M / rate
+
+
+def heads_per_tile(
+    group: int, key_blocks: int, steps: int, uneven: bool, shape: tuple[int, int], num_sms: int
+) -> int:
+    """How many query heads of a group a thread block of the backward pass walks: all, or a power of two.
+
+    Fewer mean more thread blocks, shorter ones, which add what they have to the others' dK and dV.
+
+    Args:
+        key_blocks: of all key heads and sequences.
+        steps: query blocks that see a key block: the most if uneven.
+        uneven: whether there are fewer and fewer of them, as under a causal mask.
+        shape: (tile_m, tile_n).
+    """
+    shares = TILE_SHARES * shape[1] / shape[0]
+
+    def time(per: int) -> float:
+        """In query blocks."""
+        tiles = key_blocks * -(-group // per)
+        start = TILE_START + (shares if per < group else 0)
+        longest = per * steps + start
+        if not uneven:
+            return math.ceil(tiles / num_sms) * longest
+        each_sm = (key_blocks * group * (steps + 1) / 2 + tiles * start) / num_sms
+        return each_sm + LAST_TILES * longest * min(1.0, longest / each_sm)
+
+    powers = (1 << i for i in range(group.bit_length()))
+    return min((*(per for per in powers if per < group), group), key=time)

@@ -86,7 +86,11 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """backward/sm80.py and backward/sm90.py, each three kernels. m_blocks: query blocks of a head."""
+    """backward/sm80.py and backward/sm90.py, each three kernels.
+
+    m_blocks: query blocks of a head; n_blocks: key blocks of one. In ragged batches they are numbered through
+    all sequences, and b is 1: backward/schedule.py.
+    """
 
     mQ: Tensor  # (b, sq, h, d)
     mK: Tensor  # (b, sk, hk, d)
@@ -107,6 +111,9 @@ class Backward(NamedTuple):
     ragged: Ragged | None
     dropout: Dropout | None
     mTurns: Tensor  # (b, h, m_blocks) int32 if deterministic, else (1, 1, 1)
+    heads_per_tile: Int32  # query heads that a thread block walks: all of a group, or some
+    mdKVacc: Tensor  # (2, b, hk, n_blocks, tile_n * d) float32: dK and dV of tiles that share a group
+    mKeyTurns: Tensor  # (b, hk, n_blocks) int32, like mTurns; both are empty where no group is shared
     num_sms: Int32 | None = None  # sm90: thread blocks that run at once
 
 

@@ -113,18 +113,21 @@ def backward(
     options: Options,
     sequences: calls.Ragged | None = None,
     num_sms: int = 2,
+    heads_per_tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv"""
     batch = q.shape[0] if sequences is None else sequences.batch
-    shapes = config.workspace(row, batch, q.shape[2], q.shape[1])
-    stats, dq_acc = (torch.empty(shape) for shape in shapes[:2])
-    turns = torch.empty(shapes.turns, dtype=torch.int32)
+    shared = k.shape[2] * (heads_per_tile * k.shape[2] < q.shape[2])
+    space = config.workspace(row, batch, q.shape[1:3], (k.shape[1], shared), sequences is not None)
+    stats, dq_acc, dkv_acc = (torch.empty(shape) for shape in (space.stats, space.dq_acc, space.dkv_acc))
+    turns, key_turns = (torch.empty(shape, dtype=torch.int32) for shape in (space.turns, space.key_turns))
     gradients = [torch.empty_like(x) for x in (q, k, v)]
     tensors = q, k, v, out, dout, lse, lse if dlse is None else dlse, stats, dq_acc, *gradients
     score, left, right = options.numbers(q)
-    numbers = score, int(dlse is not None), left, right, sequences, options.dropped(), turns
+    numbers = score, int(dlse is not None), left, right, sequences, options.dropped()
+    numbers = *numbers, turns, heads_per_tile, dkv_acc, key_turns
     sms = num_sms if row.kernel == "backward.sm90" else None
-    unwritten = (stats, dq_acc, turns, *gradients)
+    unwritten = (stats, dq_acc, dkv_acc, turns, key_turns, *gradients)
     assert not emulate(library(row), calls.Backward(*tensors, *numbers, sms), unwritten)
     return tuple(gradients)
 

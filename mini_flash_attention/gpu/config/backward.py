@@ -23,15 +23,32 @@ class Workspace(NamedTuple):
     stats: tuple[int, ...]  # float32: what backward/delta.py finds out about the rows
     dq_acc: tuple[int, ...]  # float32: the sum of dQ, tile by tile
     turns: tuple[int, ...]  # int32: who may add to a tile of dq_acc, if deterministic; else drawn tiles
+    dkv_acc: tuple[int, ...]  # float32: the sums of dK and dV, if thread blocks share a group
+    key_turns: tuple[int, ...]  # int32, like turns
 
 
-def workspace(row: "BackwardConfig", batch: int, heads_q: int, seqlen_q: int) -> Workspace:
-    """For q of this size; ragged: of `batch` sequences in seqlen_q rows (kernels/backward/schedule.py)."""
-    blocks = batch, heads_q, -(-seqlen_q // row.tile_m)
+def workspace(
+    row: "BackwardConfig", batch: int, q: tuple[int, int], k: tuple[int, int], packed_k: bool = False
+) -> Workspace:
+    """For `batch` sequences; ragged: all in the rows of q (kernels/backward/schedule.py).
+
+    q, k: (seqlen, heads); k's heads are those whose query heads are shared by thread blocks: all, or 0.
+    """
+    (seqlen_q, heads_q), (seqlen_k, heads_shared) = q, k
+    blocks, n_blocks = (batch, heads_q, -(-seqlen_q // row.tile_m)), -(-seqlen_k // row.tile_n)
+    key_blocks = batch, heads_shared, n_blocks
     if row.ragged:
         blocks = 1, heads_q, packed_blocks(seqlen_q, row.tile_m, batch)
-    turns = blocks if row.deterministic else (1, 1, 1)
-    return Workspace((*blocks, 2, row.tile_m), (*blocks, row.tile_m * row.head_dim), turns)
+        n_blocks = packed_blocks(seqlen_k, row.tile_n, batch) if packed_k else batch * n_blocks
+        key_blocks = 1, heads_shared, n_blocks
+    turns, key_turns = (blocks, key_blocks) if row.deterministic else ((1, 1, 1), (1, 1, 1))
+    return Workspace(
+        stats=(*blocks, 2, row.tile_m),
+        dq_acc=(*blocks, row.tile_m * row.head_dim),
+        turns=turns,
+        dkv_acc=(2, *key_blocks, row.tile_n * row.head_dim),
+        key_turns=key_turns,
+    )
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class BackwardSm90:
     stack: ClassVar[int] = 0
     page: ClassVar[int] = 0
     pdl: ClassVar[bool] = True  # each kernel starts while the one before it ends
+    atomic_vector: ClassVar[int] = 4  # values that one instruction adds to dkv_acc
+    adding_warps: ClassVar[int] = 8  # that add to it: both consumer warpgroups'
     arch: str
     dtype: str
     head_dim: int
@@ -157,13 +176,18 @@ class BackwardSm80:
 
     @property
     def block_numbers(self) -> int:
-        """Those that say what a thread block works on: backward/schedule.Block."""
-        return 13 if self.ragged else 5
+        """Those that say what a thread block works on, schedule.Block: in fours, as they are read."""
+        return 16 if self.ragged else 8
 
     @property
-    def dq_vector(self) -> int:
-        """Values of dQ that one instruction adds to dq_acc."""
+    def atomic_vector(self) -> int:
+        """Values that one instruction adds to dq_acc or dkv_acc."""
         return 4 if is_sm90_or_newer(self.arch) else 1
+
+    @property
+    def adding_warps(self) -> int:
+        """Warps of a thread block that add to dkv_acc."""
+        return self.warps
 
     @property
     def shared_memory(self) -> int:

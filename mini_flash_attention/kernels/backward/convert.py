@@ -1,12 +1,14 @@
-"""Backward pass on Hopper, last kernel: dQ = scale * dq_acc, in the dtype of q."""
+"""Backward pass on Hopper, last kernel: rounds dQ = scale * dq_acc, and the sums of shared_keys.py."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
+from mini_flash_attention.kernels.backward import shared_keys
 from mini_flash_attention.kernels.backward.schedule import find_query_block
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.fragments import convert
+from mini_flash_attention.kernels.parts.seqlen import Sizes, sizes_of
 
 THREADS = 256
 
@@ -14,14 +16,30 @@ THREADS = 256
 @cute.jit
 def launch(call: Backward, config: cutlass.Constexpr, stream):
     batch, heads, m_blocks, _ = call.mdQacc.shape
-    kernel(config, call).launch(
-        grid=(m_blocks * heads * batch, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=config.pdl
+    grid = m_blocks * heads * batch + shared_keys.num_blocks(call)
+    kernel(config, call, sizes_of(config, call)).launch(
+        grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=config.pdl
     )
 
 
 @cute.kernel
-def kernel(config: cutlass.Constexpr, call: Backward):
-    """A thread block for each query block; a thread converts 8 neighbouring values at a time.
+def kernel(config: cutlass.Constexpr, call: Backward, sizes: Sizes):
+    """A thread block for each query block, then for each of shared_keys."""
+    batch, heads, m_blocks, _ = call.mdQacc.shape
+    i = cute.arch.block_idx()[0] - m_blocks * heads * batch
+    if i < 0:
+        round_dQ(config, call)
+    else:
+        cute.arch.griddepcontrol_wait()  # for the main kernel: dkv_acc is complete
+        shared_keys.round_sums(config, call, sizes, i, THREADS)
+
+
+kernel.set_name_prefix("mfa_bwd_convert", remove_cutlass_symbol=True)
+
+
+@cute.jit
+def round_dQ(config: cutlass.Constexpr, call: Backward):
+    """A query block; a thread converts 8 neighbouring values at a time.
 
     Rows of packed queries that belong to no sequence are blocks as well: nothing was added to their zeros.
     """
@@ -40,9 +58,6 @@ def kernel(config: cutlass.Constexpr, call: Backward):
             out = cute.make_rmem_tensor(8, gdQ.element_type)
             convert(rdQ, out)
             cute.autovec_copy(out, cute.local_tile(gdQ[first + r, None], (8,), (chunk,)))
-
-
-kernel.set_name_prefix("mfa_bwd_convert", remove_cutlass_symbol=True)
 
 
 def offset(config, row, chunk):

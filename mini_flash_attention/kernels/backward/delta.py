@@ -3,6 +3,7 @@
   stats (B, Hq, m_blocks, 2, tile_m) float32    -LSE in the units of P's exponent (seed_factor), then -delta
   dq_acc (B, Hq, m_blocks, tile_m * d) float32  zeros
   turns (B, Hq, m_blocks) int32                 zeros; (1, 1, 1) unless config.deterministic
+  dkv_acc, key_turns                            zeros: shared_keys.py
 
 delta = rowsum(dO * O) - dLSE: dS = P * (dP - delta) is the softmax's gradient, with that of its LSE, whose
 derivative is P too. A row without keys, and one beyond the last, gets (-inf, 0), so that its P is 0.
@@ -13,6 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from mini_flash_attention.kernels.backward import shared_keys
 from mini_flash_attention.kernels.backward.schedule import find_query_block
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.scores import LOG2_E
@@ -26,18 +28,31 @@ def launch(call: Backward, config: cutlass.Constexpr, stream):
     seed_factor = Float32(LOG2_E)
     if const_expr(config.score == "plain"):  # a seed of Q·Kᵀ, before the softmax scale
         seed_factor = Float32(1.0) / call.score.scale  # here: a division in a kernel is a call
-    kernel(config, call, seed_factor).launch(
-        grid=(m_blocks * heads * batch, 1, 1), block=(THREADS, 1, 1), stream=stream
-    )
+    grid = m_blocks * heads * batch + shared_keys.num_blocks(call)
+    kernel(config, call, seed_factor).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
 
 @cute.kernel
 def kernel(config: cutlass.Constexpr, call: Backward, seed_factor: Float32):
-    """A thread block for each query block; a row is read by `lanes` neighbouring threads, 16 bytes each."""
-    tidx, _, _ = cute.arch.thread_idx()
-    batch, head, number, first, left = find_query_block(config, call)
+    """A thread block for each query block, then for each of shared_keys."""
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_launch_dependents()  # the main kernel may start: it waits for this one
+    batch, heads, m_blocks, _ = call.mdQacc.shape
+    i = cute.arch.block_idx()[0] - m_blocks * heads * batch
+    if i < 0:
+        prepare_rows(config, call, seed_factor)
+    else:
+        shared_keys.clear(config, call, i, THREADS)
+
+
+kernel.set_name_prefix("mfa_bwd_delta", remove_cutlass_symbol=True)
+
+
+@cute.jit
+def prepare_rows(config: cutlass.Constexpr, call: Backward, seed_factor: Float32):
+    """A query block; a row is read by `lanes` neighbouring threads, 16 bytes each."""
+    tidx, _, _ = cute.arch.thread_idx()
+    batch, head, number, first, left = find_query_block(config, call)
     if const_expr(config.deterministic):
         if tidx == 0:
             call.mTurns[batch, head, number] = Int32(0)
@@ -73,6 +88,3 @@ def kernel(config: cutlass.Constexpr, call: Backward, seed_factor: Float32):
                     seed = -lse * seed_factor
             call.mStats[batch, head, number, 0, r] = seed
             call.mStats[batch, head, number, 1, r] = Float32(0.0) if seed == -Float32.inf else -delta
-
-
-kernel.set_name_prefix("mfa_bwd_delta", remove_cutlass_symbol=True)

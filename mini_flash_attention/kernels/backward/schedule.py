@@ -28,6 +28,7 @@ class Sequence(NamedTuple):
     first_block: Int32  # the number of its first query block
     k: Keys
     room: Int32  # rows of its storage: those that do not count as keys have gradients too, zeros
+    first_key_block: Int32  # the number of the first key block of its storage
 
 
 class Block(NamedTuple):
@@ -38,6 +39,8 @@ class Block(NamedTuple):
     batch: Int32  # the sequence
     first: Int32
     last: Int32
+    head: Int32  # the first of its query heads
+    heads: Int32  # how many it has
     sequence: Sequence | None = None  # ragged batches only
 
     def sizes(self, sizes: Sizes) -> Sizes:
@@ -62,13 +65,20 @@ class Block(NamedTuple):
         x = self.sequence
         return (self.batch, m_block) if x is None else (Int32(0), x.first_block + m_block)
 
+    @property
+    def key_place(self) -> tuple[Int32, Int32]:
+        """(index into the batch's mode, number) of its keys in dkv_acc and key_turns."""
+        x = self.sequence
+        return (self.batch, self.n_block) if x is None else (Int32(0), x.first_key_block + self.n_block)
+
 
 def uniform(block: Block) -> Block:
     """The same: said for the compiler, which keeps what follows in uniform registers."""
     same = cute.arch.make_warp_uniform
     numbers, x = map(same, block[:-1]), block.sequence
     if x is not None:
-        x = Sequence(Queries(*map(same, x.q)), same(x.first_block), Keys(*map(same, x.k)), same(x.room))
+        q, k = Queries(*map(same, x.q)), Keys(*map(same, x.k))
+        x = Sequence(q, same(x.first_block), k, same(x.room), same(x.first_key_block))
     return Block(*numbers, x)
 
 
@@ -76,109 +86,131 @@ def uniform(block: Block) -> Block:
 
 
 class Order(NamedTuple):
-    """Numbers of find_block, from the host. Dense: divisors, as a division in a kernel takes 100 clocks."""
+    """Numbers of find_block, from the host. Dense: divisors, as a division in a kernel takes 100 clocks.
 
-    swath: Int32  # key heads walked together
-    n_blocks: cute.FastDivmodDivisorV2 | None = None  # key blocks of a head; ragged: None, like all below
-    heads_kv: cute.FastDivmodDivisorV2 | None = None
+    A unit is what a key block makes a tile of: `per` of the query heads of a group, or what is left of them.
+    """
+
+    swath: Int32  # units walked together
+    per: Int32
+    parts: Int32  # units of a group
+    units: Int32  # of a batch, of a sequence
+    n_blocks: cute.FastDivmodDivisorV2 | None = None  # key blocks of a unit; ragged: None, like all below
+    by_parts: cute.FastDivmodDivisorV2 | None = None
+    by_units: cute.FastDivmodDivisorV2 | None = None
     swath_blocks: cute.FastDivmodDivisorV2 | None = None  # key blocks of a swath
-    swath_heads: cute.FastDivmodDivisorV2 | None = None
-    last_heads: cute.FastDivmodDivisorV2 | None = None  # heads of the last swath, which may be narrower
+    swath_units: cute.FastDivmodDivisorV2 | None = None
+    last_units: cute.FastDivmodDivisorV2 | None = None  # units of the last swath, which may be narrower
 
 
 @cute.jit
-def find_order(config: cutlass.Constexpr, sizes: Sizes, ragged: Ragged | None) -> Order:
-    swath = find_swath(config, sizes, ragged)
+def find_order(config: cutlass.Constexpr, sizes: Sizes, call: Backward) -> Order:
+    ragged, per = call.ragged, call.heads_per_tile
+    parts = cute.ceil_div(sizes.group, per)
+    units = sizes.heads // sizes.group * parts
+    swath = find_swath(config, sizes, ragged, per, units)
     if const_expr(ragged is not None):
-        return Order(swath)
-    n_blocks, heads_kv = cute.ceil_div(sizes.seqlen_k, config.tile_n), sizes.heads // sizes.group
-    rest = heads_kv * sizes.batch % swath
-    numbers = n_blocks, heads_kv, swath * n_blocks, swath, swath if rest == 0 else rest
-    return Order(swath, *(cute.fast_divmod_create_divisor_v2(x) for x in numbers))
+        return Order(swath, per, parts, units)
+    n_blocks, rest = cute.ceil_div(sizes.seqlen_k, config.tile_n), units * sizes.batch % swath
+    divisors = n_blocks, parts, units, swath * n_blocks, swath, swath if rest == 0 else rest
+    return Order(swath, per, parts, units, *(cute.fast_divmod_create_divisor_v2(x) for x in divisors))
 
 
 @cute.jit
-def find_swath(config: cutlass.Constexpr, sizes: Sizes, ragged: Ragged | None) -> Int32:
-    """How many key heads to walk together: their Q, dO and dq_acc take up to 32 MB of the L2 cache."""
+def find_swath(
+    config: cutlass.Constexpr, sizes: Sizes, ragged: Ragged | None, per: Int32, units: Int32
+) -> Int32:
+    """How many units to walk together: their Q, dO and dq_acc take up to 32 MB of the L2 cache."""
     if const_expr(ragged is not None):  # the heads of a sequence
         sizes = sizes.of(cutlass.max(1, cutlass.min(ragged.longest, sizes.seqlen_q)), sizes.seqlen_k)
     block_kb = config.tile_m * config.head_dim * (2 + 2 + 4) // 1024
-    head_kb = cute.ceil_div(sizes.seqlen_q, config.tile_m) * block_kb * sizes.group
-    heads = sizes.heads // sizes.group * sizes.batch
-    most = cutlass.max(1, cutlass.min(heads, 32 * 1024 // head_kb))
-    return cute.ceil_div(heads, cute.ceil_div(heads, most))  # all swaths of nearly one size
+    unit_kb = cute.ceil_div(sizes.seqlen_q, config.tile_m) * block_kb * per
+    units = units * sizes.batch
+    most = cutlass.max(1, cutlass.min(units, 32 * 1024 // unit_kb))
+    return cute.ceil_div(units, cute.ceil_div(units, most))  # all swaths of nearly one size
 
 
 @cute.jit
-def num_blocks(config: cutlass.Constexpr, sizes: Sizes, ragged: Ragged | None) -> Int32:
+def num_blocks(config: cutlass.Constexpr, sizes: Sizes, ragged: Ragged | None, order: Order) -> Int32:
     """How many tiles there are; ragged: some may be nothing."""
     n_blocks = cute.ceil_div(sizes.seqlen_k, config.tile_n) * sizes.batch
     if const_expr(ragged is not None):
         if ragged.given & CU_SEQLENS_K:
             n_blocks = packed_blocks(sizes.seqlen_k, config.tile_n, sizes.batch)
-    return n_blocks * (sizes.heads // sizes.group)
+    return n_blocks * order.units
 
 
 @cute.jit
 def find_block(config: cutlass.Constexpr, call: Backward, setup, tile: Int32) -> Block:
     """The tile of this number. By a whole warp. setup: of either kernel.
 
-    Causal, a head's first key blocks have the most queries: they come first, so that the work ends on short
-    ones. The heads of a swath share the L2 cache. Deterministic, a head's last ones come first: see turn.
+    Causal, the first key blocks have the most queries: they come first, so that the work ends on short ones.
+    The units of a swath share the L2 cache. Deterministic, the last key blocks come first: see turn.
     """
     sizes, order = setup.sizes, setup.order
     if const_expr(not config.ragged):
-        n_block, head = find_dense(config, sizes, order, tile)
+        n_block, unit = find_dense(config, sizes, order, tile)
         first, last = query_blocks(n_block, *sizes.for_blocks(config))
-        return uniform(Block(n_block, head % order.heads_kv, head // order.heads_kv, first, last))
-    batch, x, tile = find_sequence(config, sizes, call.ragged, tile)
-    heads_kv, n_blocks = sizes.heads // sizes.group, cute.ceil_div(x.room, config.tile_n)
+        batch, unit = unit // order.by_units, unit % order.by_units
+        head_kv, part = unit // order.by_parts, unit % order.by_parts
+        heads = query_heads(sizes, order, head_kv, part)
+        return uniform(Block(n_block, head_kv, batch, first, last, *heads))
+    batch, x, tile = find_sequence(config, sizes, call.ragged, order, tile)
+    n_blocks = cute.ceil_div(x.room, config.tile_n)
     most = cutlass.max(n_blocks, 1)
-    n_block, head_kv = tile % most, tile // most
+    n_block, unit = tile % most, tile // most
     if const_expr(config.mask == "causal"):
-        n_block, head_kv = in_swaths(tile, most, heads_kv, order.swath)
+        n_block, unit = in_swaths(tile, most, order.units, order.swath)
     if const_expr(config.deterministic):
         n_block = most - 1 - n_block
     first, last = query_blocks(n_block, *sizes.of(x.q.seqlen, x.k.seqlen).for_blocks(config))
     if n_block * config.tile_n >= x.k.seqlen:  # no keys
         first, last = Int32(0), Int32(0)
-    n_block = n_block if tile < n_blocks * heads_kv else Int32(-1)
-    return uniform(Block(n_block, head_kv, batch, first, last, x))
+    n_block = n_block if tile < n_blocks * order.units else Int32(-1)
+    head_kv = unit // order.parts
+    heads = query_heads(sizes, order, head_kv, unit - head_kv * order.parts)
+    return uniform(Block(n_block, head_kv, batch, first, last, *heads, x))
+
+
+@cute.jit
+def query_heads(sizes: Sizes, order: Order, head_kv: Int32, part: Int32) -> tuple[Int32, Int32]:
+    """(first, how many) of a unit."""
+    before = part * order.per  # of the group
+    return head_kv * sizes.group + before, cutlass.min(order.per, sizes.group - before)
 
 
 @cute.jit
 def find_dense(config: cutlass.Constexpr, sizes: Sizes, order: Order, tile: Int32):
-    """(n_block, key head, those of all batches counted through) of a tile of a dense batch."""
-    n_block, head = tile % order.n_blocks, tile // order.n_blocks
+    """(n_block, unit, those of all batches counted through) of a tile of a dense batch."""
+    n_block, unit = tile % order.n_blocks, tile // order.n_blocks
     if const_expr(config.mask == "causal"):  # blocks.in_swaths
         s, rest = tile // order.swath_blocks, tile % order.swath_blocks
-        heads = Int32(order.heads_kv.divisor) * sizes.batch
-        n_block, head = rest // order.swath_heads, rest % order.swath_heads
-        if (s + 1) * order.swath > heads:
-            n_block, head = rest // order.last_heads, rest % order.last_heads
-        head += s * order.swath
+        n_block, unit = rest // order.swath_units, rest % order.swath_units
+        if (s + 1) * order.swath > order.units * sizes.batch:
+            n_block, unit = rest // order.last_units, rest % order.last_units
+        unit += s * order.swath
     if const_expr(config.deterministic):
         n_block = Int32(order.n_blocks.divisor) - 1 - n_block
-    return n_block, head
+    return n_block, unit
 
 
 @cute.jit
-def find_sequence(config: cutlass.Constexpr, sizes: Sizes, ragged: Ragged, tile: Int32):
+def find_sequence(config: cutlass.Constexpr, sizes: Sizes, ragged: Ragged, order: Order, tile: Int32):
     """(number, sequence, tile among those of the sequence) of a tile of a ragged batch."""
-    heads_kv = sizes.heads // sizes.group
-    tiles = cute.ceil_div(sizes.seqlen_k, config.tile_n) * heads_kv  # of each row of k
-    b, first_tile = tile // tiles, tile // tiles * tiles
+    number = tile // order.units  # as if the tiles of a key block followed each other
+    n_blocks = cute.ceil_div(sizes.seqlen_k, config.tile_n)  # of each row of k
+    b = number // n_blocks
+    first_key_block = b * n_blocks
     q, k, room = Queries(Int32(0), Int32(0), Int32(0)), Keys(b, Int32(0), Int32(0)), sizes.seqlen_k
     if ragged.given & CU_SEQLENS_K:
-        number = tile // heads_kv
         segment = find_segment(ragged.cu_seqlens_k, sizes.batch, sizes.seqlen_k, config.tile_n, number)
-        b, first_tile = segment.index - 1, segment.first_block * heads_kv
+        b, first_key_block = segment.index - 1, segment.first_block
         k, room = Keys(Int32(0), segment.start, Int32(0)), segment.length
     batch = clamp(b, Int32(0), sizes.batch - 1)
     if b == batch:
         q, k = queries(ragged, b, sizes.seqlen_q), keys(ragged, b, sizes.seqlen_k)
-    number = first_block(q.start, config.tile_m, batch + 1)
-    return batch, Sequence(q, number, k, room), tile - first_tile
+    x = Sequence(q, first_block(q.start, config.tile_m, batch + 1), k, room, first_key_block)
+    return batch, x, tile - first_key_block * order.units
 
 
 # Query blocks by number: delta and convert

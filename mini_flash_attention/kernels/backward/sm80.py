@@ -2,11 +2,12 @@
 
 q, o, do, dq (B, Sq, Hq, D), k, v, dk, dv (B, Sk, Hkv, D), float16 or bfloat16, any strides with a unit last
 one; lse, dlse (B, Hq, Sq) float32. Three kernels: delta (statistics of the rows, dq_acc = 0), `kernel`,
-`convert_dQ` (dq = scale * dq_acc).
+`round_all` (dq = scale * dq_acc).
 
 Ragged batches lie in the same shapes: packed sequences follow each other in a batch of one.
 A thread block of `kernel` owns tile_n keys of one key head. It walks the query blocks that see them, for
-each query head of the group. Two warps, a pair, work on the same 16 or 32 keys, each with one accumulator:
+each query head of the group, or for some: shared_keys.py. Two warps, a pair, work on the same 16 or 32 keys,
+each with one accumulator:
 
     side 0    Sᵀ = K·Qᵀ      Pᵀ = exp(scale * Sᵀ - LSE)     dV += Pᵀ·dO
     side 1    dPᵀ = V·dOᵀ    dSᵀ = Pᵀ * (dPᵀ - delta)       dK += dSᵀ·Q
@@ -21,10 +22,10 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from mini_flash_attention.kernels.backward import delta
+from mini_flash_attention.kernels.backward import delta, shared_keys
 from mini_flash_attention.kernels.backward.common import finish_dS, store
 from mini_flash_attention.kernels.backward.schedule import Block, find_block, find_order, num_blocks
-from mini_flash_attention.kernels.backward.sm80_dq import add_dQ, convert_dQ
+from mini_flash_attention.kernels.backward.sm80_dq import add_dQ, round_all
 from mini_flash_attention.kernels.backward.sm80_records import (
     PAIR,
     Place,
@@ -64,13 +65,14 @@ def launch(call: Backward, config: cutlass.Constexpr, stream):
     """All three kernels. Batch, heads and lengths are not 0."""
     delta.launch(call, config, stream)
     setup = make_setup(config, call)
-    threads, grid = 32 * config.warps, num_blocks(config, setup.sizes, call.ragged)
+    threads, grid = 32 * config.warps, num_blocks(config, setup.sizes, call.ragged, setup.order)
     kernel(config, call, setup).launch(
         grid=(grid, 1, 1), block=(threads, 1, 1), stream=stream, use_pdl=config.pdl
     )
     batch, heads, m_blocks, _ = call.mdQacc.shape
-    convert_dQ(config, call, setup.mma_dQ).launch(
-        grid=(m_blocks * heads * batch, 1, 1), block=(threads, 1, 1), stream=stream, use_pdl=config.pdl
+    grid = m_blocks * heads * batch + shared_keys.num_blocks(call)
+    round_all(config, call, setup.sizes, setup.mma_dQ).launch(
+        grid=(grid, 1, 1), block=(threads, 1, 1), stream=stream, use_pdl=config.pdl
     )
 
 
@@ -79,7 +81,7 @@ def make_setup(config, call: Backward) -> Setup:
     m, n, d = config.tile_m, config.tile_n, config.head_dim
     return Setup(
         sizes=sizes,
-        order=find_order(config, sizes, call.ragged),
+        order=find_order(config, sizes, call),
         score=in_log2(config, call.score),
         mma=make_tiled_mma(dtype, config.warps // 2),
         mma_dQ=make_tiled_mma(dtype, config.warps_m, config.warps // config.warps_m),
@@ -96,7 +98,7 @@ def kernel(config: cutlass.Constexpr, call: Backward, setup: Setup):
         w = make_work(config, call, setup, make_smem(config, call, setup, block))
         accumulate(config, w, block)
     elif const_expr(config.pdl):
-        cute.arch.griddepcontrol_wait()  # convert_dQ waits for this kernel alone, but needs delta's zeros
+        cute.arch.griddepcontrol_wait()  # round_all waits for this kernel alone, but needs delta's zeros
 
 
 kernel.set_name_prefix("mfa_bwd_sm80", remove_cutlass_symbol=True)
@@ -108,7 +110,7 @@ def accumulate(config: cutlass.Constexpr, w: Work, block: Block):
     load_keys(config, w, block)
     if const_expr(config.pdl):
         cute.arch.griddepcontrol_wait()  # delta is done: stats are there, dq_acc and turns are zero
-    x = Place(w.setup.sizes.group if block.first < block.last else Int32(0), block.first)
+    x = Place(block.heads if block.first < block.last else Int32(0), block.first)
     at = cute.arch.make_warp_uniform(w.tidx // (16 * config.warps))  # the side; slot 0
     for ahead in cutlass.range_constexpr(2):  # to slot 0, to slot 1
         load_next(config, w, following(w.smem, x, ahead), Int32(ahead))
@@ -221,7 +223,11 @@ def finish(config: cutlass.Constexpr, w: Work, block: Block, at: Int32):
     rescale = of_dV if side_of(at) == 0 else w.call.score.scale
     for i in cutlass.range_constexpr(cute.size(w.acc)):
         w.acc[i] = w.acc[i] * rescale
-    if side_of(at) == 0:
+    if w.call.heads_per_tile < w.setup.sizes.group:
+        row_blocks = [(keys[r] - block.n_block * config.tile_n) // 16 for r in range(0, len(keys), 2)]
+        which = shared_keys.DV if side_of(at) == 0 else shared_keys.DK
+        shared_keys.add(config, w.call, w.setup.sizes, block, [(which, w.acc)], row_blocks, w.tidx % 32)
+    elif side_of(at) == 0:
         store(config, block, w.acc, w.call.mdV, keys, w.tidx % 32)
     else:
         store(config, block, w.acc, w.call.mdK, keys, w.tidx % 32)

@@ -8,10 +8,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from mini_flash_attention.kernels.backward import shared_keys
 from mini_flash_attention.kernels.backward.schedule import find_query_block, turn
 from mini_flash_attention.kernels.backward.sm80_records import Place, Work
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.fragments import convert, quad_transpose, rows_cols, transposed
+from mini_flash_attention.kernels.parts.seqlen import Sizes
 from mini_flash_attention.kernels.parts.sm80 import add_to_global, gemm, opaque, operand_A, operand_B
 
 
@@ -22,7 +24,7 @@ def add_dQ(config: cutlass.Constexpr, w: Work, x: Place, slot: Int32):
     start = opaque(x.m_block) == block.first
     left = opaque(x.left) + 1 if start else x.left
     m_block = block.last - 1 if start else x.m_block - 1
-    if left <= w.setup.sizes.group:
+    if left <= block.heads:
         add_dS_K(config, w, Place(left, m_block), slot)
 
 
@@ -39,7 +41,7 @@ def add_dS_K(config: cutlass.Constexpr, w: Work, x: Place, slot: Int32):
         done = Int32(-1)  # warps that have added to this tile
         while done < mine:  # acquire: all key blocks before have added theirs
             done = cute.arch.load(turn_counter(w, head, m_block), Int32, sem="acquire", scope="gpu")
-    size = config.dq_vector
+    size = config.atomic_vector
     batch, number = w.smem.find_block().place(m_block)
     acc = w.call.mdQacc[batch, head, number, None].iterator + size * opaque(w.tidx)
     for i in cutlass.range_constexpr(0, cute.size(w.acc_dQ), size):
@@ -62,8 +64,24 @@ def turn_counter(w: Work, head: Int32, m_block: Int32):
 
 
 @cute.kernel
-def convert_dQ(config: cutlass.Constexpr, call: Backward, tiled_mma: cute.TiledMma):
-    """dQ = scale * dq_acc; a thread block for each query block, each thread reads what add_dQ's wrote.
+def round_all(config: cutlass.Constexpr, call: Backward, sizes: Sizes, tiled_mma: cute.TiledMma):
+    """A thread block for each query block, then for each of shared_keys."""
+    batch, heads, m_blocks, _ = call.mdQacc.shape
+    i = cute.arch.block_idx()[0] - m_blocks * heads * batch
+    if i < 0:
+        round_dQ(config, call, tiled_mma)
+    else:
+        if const_expr(config.pdl):
+            cute.arch.griddepcontrol_wait()  # for the main kernel: dkv_acc is complete
+        shared_keys.round_sums(config, call, sizes, i, 32 * config.warps)
+
+
+round_all.set_name_prefix("mfa_bwd_convert", remove_cutlass_symbol=True)
+
+
+@cute.jit
+def round_dQ(config: cutlass.Constexpr, call: Backward, tiled_mma: cute.TiledMma):
+    """dQ = scale * dq_acc; each thread reads what add_dQ's wrote.
 
     Rows of packed queries that belong to no sequence are blocks as well: nothing was added to their zeros.
     """
@@ -74,7 +92,7 @@ def convert_dQ(config: cutlass.Constexpr, call: Backward, tiled_mma: cute.TiledM
     thr_mma = tiled_mma.get_slice(tidx)
     tile = config.tile_m, config.head_dim
     acc = cute.make_rmem_tensor(thr_mma.partition_shape_C(tile), Float32)
-    size = config.dq_vector
+    size = config.atomic_vector
     start = call.mdQacc[batch, head, number, None].iterator + size * tidx
     layout = cute.make_layout((size, cute.size(acc) // size), stride=(1, 32 * config.warps * size))
     flat = cute.make_tensor(acc.iterator, cute.make_layout(layout.shape))
@@ -98,6 +116,3 @@ def convert_dQ(config: cutlass.Constexpr, call: Backward, tiled_mma: cute.TiledM
             if row < first + left and 8 * column < gdQ.shape[1]:
                 values = cute.recast_tensor(out, dQ.element_type)
                 cute.autovec_copy(values, cute.local_tile(gdQ[row, None], (8,), (column,)))
-
-
-convert_dQ.set_name_prefix("mfa_bwd_convert", remove_cutlass_symbol=True)

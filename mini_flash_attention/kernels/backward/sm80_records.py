@@ -39,19 +39,19 @@ class Smem(NamedTuple):
 
     @cute.jit
     def keep_block(self, block: Block):
-        numbers, x = block[:5], block.sequence
+        numbers, x = block[:7], block.sequence
         if const_expr(x is not None):
-            numbers = *numbers, *x.q, x.first_block, *x.k, x.room
-        for i in cutlass.range_constexpr(len(numbers)):
-            self.block[i] = numbers[i]
+            numbers = *numbers, *x.q, x.first_block, *x.k, x.room, x.first_key_block
+        for i in cutlass.range_constexpr(cute.size(self.block)):
+            self.block[i] = numbers[i] if const_expr(i < len(numbers)) else Int32(0)
 
     @cute.jit
     def find_block(self) -> Block:
         """What the thread block works on, asked for anew: the products leave no registers for it."""
         x, sequence = self.block, None
-        if const_expr(cute.size(x) > 5):  # a ragged batch
-            sequence = Sequence(Queries(x[5], x[6], x[7]), x[8], Keys(x[9], x[10], x[11]), x[12])
-        return Block(x[0], x[1], x[2], x[3], x[4], sequence)
+        if const_expr(cute.size(x) > 8):  # a ragged batch
+            sequence = Sequence(Queries(x[7], x[8], x[9]), x[10], Keys(x[11], x[12], x[13]), x[14], x[15])
+        return Block(x[0], x[1], x[2], x[3], x[4], x[5], x[6], sequence)
 
 
 @cute.jit
@@ -130,13 +130,14 @@ def slot_of(at: Int32) -> Int32:
 
 
 class Place(NamedTuple):
-    """How far the walk over the query blocks of all heads of the group has come."""
+    """How far the walk over the query blocks of all its query heads has come."""
 
     left: Int32  # query heads still to come, this one included; 0: the walk is over
     m_block: Int32
 
     def head(self, w: Work) -> Int32:
-        return (w.smem.find_block().head_kv + 1) * w.setup.sizes.group - self.left
+        block = w.smem.find_block()
+        return block.head + block.heads - self.left
 
 
 @cute.jit

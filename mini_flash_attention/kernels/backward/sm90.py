@@ -5,11 +5,11 @@ strides with a unit last one. Three kernels: delta prepares the rows' statistics
 convert rounds dQ.
 
 A thread block keeps its keys' dK and dV in registers and walks the query blocks that see them, for all query
-heads of the group. Two consumer WGs own 64 keys each: Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ are (keys, queries) tiles, so
-that Pᵀ and dSᵀ are born in registers as the A operands of dV += Pᵀ·dO and dK += dSᵀ·Q. dS goes through shared
-memory to the third WG, which computes dQ = dS·K and adds it to dq_acc in global memory. The fourth loads. The
-consumers never wait for each other: they drift apart until the exponentials of one run under the products of
-the other.
+heads of the group, or for some: shared_keys.py. Two consumer WGs own 64 keys each: Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ
+are (keys, queries) tiles, so that Pᵀ and dSᵀ are born in registers as the A operands of dV += Pᵀ·dO and
+dK += dSᵀ·Q. dS goes through shared memory to the third WG, which computes dQ = dS·K and adds it to dq_acc in
+global memory. The fourth loads. The consumers never wait for each other: they drift apart until the
+exponentials of one run under the products of the other.
 
 This file launches and hands out the roles: sm90_produce.py; sm90_consume.py or, wide, sm90_consume_wide.py;
 sm90_dq.py. sm90_records.py: what they share; README.md: the picture.
@@ -61,6 +61,7 @@ def launch(call: Backward, config: cutlass.Constexpr, stream):
 
 def make_setup(config, call: Backward) -> Setup:
     sizes = sizes_of(config, call)
+    order = find_order(config, sizes, call)
     dtype, m, n, d = call.mQ.element_type, config.tile_m, config.tile_n, config.head_dim
     sQ, sdO = (tile_layout(dtype, m, d, stages) for stages in (config.stages, config.do_stages))
     sK, sdSt = tile_layout(dtype, n, d, config.kv_stages), tile_layout(dtype, n, m, 2)
@@ -73,8 +74,8 @@ def make_setup(config, call: Backward) -> Setup:
     g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
     return Setup(
         sizes=sizes,
-        order=find_order(config, sizes, call.ragged),
-        num_tiles=num_blocks(config, sizes, call.ragged),
+        order=order,
+        num_tiles=num_blocks(config, sizes, call.ragged, order),
         score=in_log2(config, call.score),
         q=make_tma(g2s, call.mQ, sQ, (m, d)),
         k=make_tma(g2s, call.mK, sK, (n, d)),

@@ -10,7 +10,7 @@ from cutlass import Boolean, Int32, const_expr
 from cutlass.block import block_copy
 from cutlass.cute.nvgpu import warp, warpgroup
 
-from mini_flash_attention.kernels.backward import common
+from mini_flash_attention.kernels.backward import common, shared_keys
 from mini_flash_attention.kernels.backward import sm90_scores as scores
 from mini_flash_attention.kernels.backward.schedule import Block
 from mini_flash_attention.kernels.backward.sm90_produce import next_tile
@@ -94,8 +94,8 @@ def accumulate(config: cutlass.Constexpr, w: Work, block: Block, n: Int32, it: I
         for sX in (s.sK, s.sV):
             sX = cute.local_tile(sX[None, None, 0], (64, config.head_dim), (w.wg, 0))
             clear_beyond(sX, sizes.seqlen_k, 64 * half, WG + w.wg)
-    for g in cutlass.range(sizes.group, unroll=1):
-        scores.set_head(config, sizes, w.score, block.batch, block.head_kv * sizes.group + g)
+    for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
+        scores.set_head(config, sizes, w.score, block.batch, head)
         for _ in cutlass.range(first - block.first, unroll=1):
             skip(w, it)
             it += 1
@@ -174,7 +174,8 @@ def finish(config: cutlass.Constexpr, w: Work, block: Block, n: Int32):
         release(w.s.v_ring, n, w.lane)
     sdV = w.s.sV[None, None, 0]  # (tile_n, d)
     sdK = cute.make_tensor(w.s.sQ.iterator, sdV.layout)  # (tile_n, d)
-    dV, dK = Gradient(w.acc_dV, sdV, w.setup.dv, w.call.mdV), Gradient(w.acc_dK, sdK, w.setup.dk, w.call.mdK)
+    dV = Gradient(shared_keys.DV, w.acc_dV, sdV, w.setup.dv, w.call.mdV)
+    dK = Gradient(shared_keys.DK, w.acc_dK, sdK, w.setup.dk, w.call.mdK)
     store(config, w, block, (dV, dK), CONSUMERS)
 
 
@@ -250,6 +251,7 @@ def take(w, it: Int32) -> cute.Tensor:
 class Gradient(NamedTuple):
     """dK or dV of a tile."""
 
+    which: int  # of shared_keys
     acc: cute.Tensor  # ((2, 2, d / 8), 1, 1)
     sX: cute.Tensor  # (tile_n, d): shared memory that nobody needs after the last product
     tma: Tma
@@ -262,7 +264,10 @@ def store(config: cutlass.Constexpr, w, block: Block, gradients: tuple[Gradient,
     by_tma = Boolean(not config.persistent)  # persistent: shared memory is the next tile's
     if const_expr(config.ragged):  # or the next sequence's rows follow
         by_tma = (block.n_block + 1) * config.tile_n <= block.sequence.room
-    if by_tma:
+    if w.call.heads_per_tile < w.setup.sizes.group:
+        sums = [(x.which, x.acc) for x in gradients]
+        shared_keys.add(config, w.call, w.setup.sizes, block, sums, [w.tidx // 32], w.lane)
+    elif by_tma:
         store_by_tma(config, w, block, gradients, barrier_id)
     else:
         key = block.n_block * config.tile_n + w.tidx // 32 * 16 + w.lane // 4

@@ -15,6 +15,7 @@ from cutlass.cute.nvgpu import warpgroup
 from mini_flash_attention.kernels.backward import sm90_scores as scores
 from mini_flash_attention.kernels.backward.common import finish_dS
 from mini_flash_attention.kernels.backward.schedule import Block
+from mini_flash_attention.kernels.backward.shared_keys import DK, DV
 from mini_flash_attention.kernels.backward.sm90_consume import Gradient, hand_over, make_store, store
 from mini_flash_attention.kernels.backward.sm90_records import (
     WG,
@@ -58,7 +59,7 @@ def consume_wide(config: cutlass.Constexpr, call: Backward, setup: Setup, s: Sha
         accumulate_dV(config, w, block)
         if const_expr(config.dropout):
             w.acc_G.store(w.acc_G.load() * call.dropout.rescale)
-        dV = Gradient(w.acc_G, s.sV[None, None, 0], setup.dv, call.mdV)
+        dV = Gradient(DV, w.acc_G, s.sV[None, None, 0], setup.dv, call.mdV)
         store(config, w, block, (dV,), WG)
     else:
         w = make_work(config, call, setup, s, s.sV, s.sdO, s.sQ)
@@ -67,7 +68,7 @@ def consume_wide(config: cutlass.Constexpr, call: Backward, setup: Setup, s: Sha
             w.acc_G[i] = w.acc_G[i] * call.score.scale
         # Through a slot of Q: the dQ WG may still be reading K.
         sdK = cute.make_tensor(s.sQ.iterator, s.sK[None, None, 0].layout)
-        store(config, w, block, (Gradient(w.acc_G, sdK, setup.dk, call.mdK),), WG + 1)
+        store(config, w, block, (Gradient(DK, w.acc_G, sdK, setup.dk, call.mdK),), WG + 1)
 
 
 @cute.jit
@@ -79,8 +80,8 @@ def accumulate_dV(config: cutlass.Constexpr, w: Work, block: Block):
     s.k_ring.wait_full(Int32(0))  # K is there, and stays
     if const_expr(config.ragged):
         clear_beyond(s.sK[None, None, 0], sizes.seqlen_k, block.n_block * config.tile_n, WG)
-    for g in cutlass.range(sizes.group, unroll=1):
-        scores.set_head(config, sizes, w.score, block.batch, block.head_kv * sizes.group + g)
+    for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
+        scores.set_head(config, sizes, w.score, block.batch, head)
         for m_block in cutlass.range(block.first, block.last, unroll=1):
             at = scores.corner(config, key, m_block, free)
             if const_expr(config.ragged):
@@ -118,7 +119,7 @@ def accumulate_dK(config: cutlass.Constexpr, w: Work, block: Block):
     s.v_ring.wait_full(Int32(0))  # V is there, and stays
     if const_expr(config.ragged):
         clear_beyond(s.sV[None, None, 0], sizes.seqlen_k, block.n_block * config.tile_n, WG + 1)
-    for _ in cutlass.range(sizes.group, unroll=1):
+    for _ in cutlass.range(block.heads, unroll=1):
         for m_block in cutlass.range(block.first, block.last, unroll=1):
             if const_expr(config.ragged):
                 clear_queries(config, s, sizes, it, m_block, WG + 1)

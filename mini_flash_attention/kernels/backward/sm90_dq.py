@@ -63,8 +63,7 @@ def add_tile(config: cutlass.Constexpr, w: Work, block: Block, n: Int32, it: Int
             clear_beyond(sK, sizes.seqlen_k, block.n_block * config.tile_n, DQ_WG)
         sm90_dq_transposed.load_Kt(w.setup.dq, sK, w.K[0], w.tidx)
     before = w.call.mTurns.iterator  # the turns of the tile of dq_acc that was added to last
-    for g in cutlass.range(sizes.group, unroll=1):
-        head = block.head_kv * sizes.group + g
+    for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
         for m_block in cutlass.range(block.first, block.last, unroll=1):
             before = add_block(config, w, block, head, m_block, k_slot, it, before)
             it += 1

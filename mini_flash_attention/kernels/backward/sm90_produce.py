@@ -36,8 +36,7 @@ def load_tile(
     q_batch, q_start = block.q_rows
     load_keys(setup.k, block, s.sK, s.k_ring, n)
     start = it
-    for g in cutlass.range(setup.sizes.group, unroll=1):
-        head = block.head_kv * setup.sizes.group + g
+    for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
         for m_block in cutlass.range(block.first, block.last, unroll=1):
             stats_size = 8 * config.tile_m  # bytes that arrive at Q's full barrier, too
             load(setup.q, q_start, m_block, head, q_batch, s.sQ, s.q_ring, it, more=stats_size)

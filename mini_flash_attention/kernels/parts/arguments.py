@@ -52,12 +52,17 @@ def backward(config) -> calls.Backward:
     m_blocks = cute.sym_int()
     stats = blocks((batch, heads, m_blocks), 2, config.tile_m)
     dq_acc = blocks((batch, heads, m_blocks), config.tile_m * config.head_dim)
-    turns = make_fake_compact_tensor(Int32, tuple(cute.sym_int() for _ in range(3)), stride_order=(2, 1, 0))
+    turns, key_turns = (
+        make_fake_compact_tensor(Int32, tuple(cute.sym_int() for _ in range(3)), stride_order=(2, 1, 0))
+        for _ in range(2)
+    )
     tensors = q, k, v, o, do, lse, dlse, stats, dq_acc, dq, dk, dv
     ragged = fake_ragged() if config.ragged else None
     numbers = fake_score(config), NUMBER, NUMBER, NUMBER, ragged, fake_dropout(config)
+    count = tuple(cute.sym_int() for _ in range(3))
+    dkv_acc = blocks((2, *count), config.tile_n * config.head_dim)
     persistent = (NUMBER,) if config.kernel == "backward.sm90" else ()
-    return calls.Backward(*tensors, *numbers, turns, *persistent)
+    return calls.Backward(*tensors, *numbers, turns, NUMBER, dkv_acc, key_turns, *persistent)
 
 
 def decode(config) -> calls.Decode:
@@ -82,10 +87,10 @@ def append(config) -> calls.Append:
 
 
 def blocks(count: tuple, *block: int) -> cute.Tensor:
-    """(batch, heads, m_blocks, *block) float32, contiguous, with 64-bit strides."""
-    batch, head = (cute.sym_int64(divisibility=ELEMENTS) for _ in range(2))
+    """(*count, *block) float32, contiguous, with 64-bit strides; the last of count is how many of a head."""
+    outer = (cute.sym_int64(divisibility=ELEMENTS) for _ in count[1:])
     inner = tuple(math.prod(block[i:]) for i in range(len(block) + 1))  # strides
-    return make_fake_tensor(Float32, (*count, *block), stride=(batch, head, *inner), assumed_align=16)
+    return make_fake_tensor(Float32, (*count, *block), stride=(*outer, *inner), assumed_align=16)
 
 
 def fake_score(config) -> Score:
