@@ -120,6 +120,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch, pretended_gpu: None) -> Kernel:
     kernel = Kernel()
+    monkeypatch.setattr(plans, "decoding_pays", lambda *call: False)
     monkeypatch.setattr(compile, "get", lambda row: lambda *fields: kernel(Forward(*fields)))
     monkeypatch.setattr(memory, "tile_counter", lambda device: "a counter")
     return kernel

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mini_flash_attention import backend, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from mini_flash_attention.gpu import plans
 from mini_flash_attention.philox import keep_mask
 from mini_flash_attention.problem import Problem
 
@@ -21,7 +22,7 @@ MASKS = [
     {"window_size": (3, -1)},
     {"window_size": (128, 0)},
 ]
-GROUPS = [(2, 2), (4, 2), (3, 1), (8, 1), (10, 2)]  # query heads, key heads
+GROUPS = [(2, 2), (4, 2), (3, 1), (8, 1), (10, 2), (4, 1), (7, 1), (12, 1), (16, 1)]  # query heads, key heads
 
 
 def inputs(
@@ -64,10 +65,43 @@ def test_head_dims(path: str, head_dim: int, dtype: torch.dtype) -> None:
         check(*inputs(200, 333, 4, 2, head_dim=head_dim, dtype=dtype), **options)
 
 
-@pytest.mark.parametrize("heads", GROUPS, ids=str)
-def test_groups(path: str, heads: tuple[int, int]) -> None:
-    for options in MASKS[:3]:
-        check(*inputs(300, 450, *heads, head_dim=128, dtype=torch.float16, batch=3), **options)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("per", [1, 2, 3, 16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_groups(
+    path: str, head_dim: int, per: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the query heads of a group are divided over thread blocks: `per` for each."""
+    monkeypatch.setattr(backend, "backward_plan", backend.backward_plan.__wrapped__)
+    monkeypatch.setattr(plans, "heads_per_tile", lambda problem, row: min(per, problem.group))
+    for heads in GROUPS:
+        for lengths in ((300, 450), (129, 127), (1, 331)):
+            x = inputs(*lengths, *heads, head_dim=head_dim, batch=2)
+            check(*x, causal=True, deterministic=deterministic)
+    q, k, v, dout = inputs(700, 700, 6, 2, head_dim=head_dim, batch=1)
+    cu_seqlens = torch.tensor([0, 128, 128, 439, 700], device="cuda", dtype=torch.int32)
+    packed = [x.detach()[0].requires_grad_() for x in (q, k, v)]
+    ends = cu_seqlens, cu_seqlens, 311, 311
+    out = flash_attn_varlen_func(*packed, *ends, causal=True, deterministic=deterministic)
+    gradients = torch.autograd.grad(out, packed, dout[0])
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if start < end:
+            parts = [x[None, start:end] for x in (*gradients, dout[0], *packed)]
+            check_gradients(parts[:3], parts[3], None, *parts[4:], window_right=0)
+
+
+@pytest.mark.parametrize("per", [1, 2])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_shared_groups_repeat(path: str, head_dim: int, per: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic, though thread blocks add to the same dK and dV."""
+    monkeypatch.setattr(backend, "backward_plan", backend.backward_plan.__wrapped__)
+    monkeypatch.setattr(plans, "heads_per_tile", lambda problem, row: per)
+    q, k, v, dout = inputs(500, 500, 8, 1, head_dim=head_dim)
+    out = flash_attn_func(q, k, v, causal=True, deterministic=True)
+    first = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    for _ in range(100):
+        again = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

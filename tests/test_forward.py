@@ -1,5 +1,6 @@
 """The GPU kernels' forward pass: each path that runs on this GPU, over shapes made to go wrong."""
 
+import functools
 import itertools
 import math
 from functools import partial
@@ -18,7 +19,7 @@ from mini_flash_attention import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
-from mini_flash_attention.gpu import fast, memory
+from mini_flash_attention.gpu import fast, memory, plans
 from mini_flash_attention.philox import keep_mask
 
 FULL, CAUSAL = {}, {"causal": True}
@@ -54,6 +55,14 @@ WINDOWS = [
 GROUPS = [(1, 1), (2, 1), (3, 3), (5, 1), (6, 2), (7, 7), (12, 4)]  # query heads, key heads
 
 
+@pytest.fixture(autouse=True, params=[False], ids=[""])
+def decoding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the decode kernels serve a call: here few queries, too, take the forward kernels."""
+    plan = functools.lru_cache(maxsize=None)(backend.attention_plan.__wrapped__)
+    monkeypatch.setattr(backend, "attention_plan", plan)
+    monkeypatch.setattr(plans, "decoding_pays", lambda *call: request.param)
+
+
 def inputs(
     seqlen_q: int,
     seqlen_k: int,
@@ -77,6 +86,15 @@ def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_lengths(path: str, lengths: tuple[int, int], head_dim: int, options: dict) -> None:
     check(*inputs(*lengths, head_dim=head_dim), **options)
+
+
+@pytest.mark.parametrize("decoding", [True], indirect=True, ids=["decode"])
+@pytest.mark.parametrize("options", [FULL, CAUSAL, WINDOWS[0], WINDOWS[4]], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_few_queries_are_decoded(path: str, head_dim: int, options: dict) -> None:
+    for lengths in LENGTHS[:13]:
+        for heads in ((2, 2), (8, 2), (7, 1)):
+            check(*inputs(*lengths, *heads, head_dim=head_dim), **options)
 
 
 @pytest.mark.parametrize("options", WINDOWS, ids=str)

@@ -111,8 +111,10 @@ def attention(problem: Problem, num_splits: int, path: str) -> ForwardPlan | Dec
         )
     if problem.empty:
         return ForwardPlan(None, problem.device.index, results(problem, False), score(problem))
-    if not problem.dropout_p and (num_splits > 1 or decoding_pays(problem, path)):
-        return decode(problem, num_splits)
+    if not problem.dropout_p:
+        row = decode_config(problem, arch_of(problem))
+        if num_splits > 1 or decoding_pays(problem, row, path):
+            return decode(problem, row, num_splits)
     return forward(problem, path)
 
 
@@ -131,10 +133,9 @@ def forward(problem: Problem, path: str) -> ForwardPlan:
     return ForwardPlan(compile.get(row), device, results(problem), score(problem), window(problem), *schedule)
 
 
-def decode(problem: Problem, num_splits: int) -> DecodePlan:
+def decode(problem: Problem, row: config.Decode, num_splits: int) -> DecodePlan:
     device = problem.device.index
-    row = decode_config(problem, arch_of(problem))
-    num_splits = num_splits or choose_splits(problem, row, sms(problem))
+    num_splits = num_splits or splits.best_splits(decoding(problem, row), sms(problem))
     of_results = results(problem)
     partial = num_splits * math.prod(of_results.lse[0]) * (of_results.out[0][-1] + 1)
     limits = (
@@ -287,15 +288,16 @@ def heads_per_tile(problem: Problem, row: config.BackwardConfig) -> int:
     )
 
 
-def choose_splits(problem: Problem, row: config.Decode, num_sms: int) -> int:
-    """Into how many parts to divide the keys of each tile."""
-    rows = min(problem.longest_q * problem.group, row.tile_m)
-    keys = problem.seqlen_k
+def decoding(problem: Problem, row: config.Decode) -> splits.Decoding:
+    """Of what size the work is."""
+    rows, keys = min(problem.longest_q * problem.group, row.tile_m), problem.seqlen_k
     if problem.window_left is not None:
         keys = min(keys, problem.window_left + problem.longest_q)
-    blocks = -(-keys // row.tile_n)
-    tiles = decode_tiles(problem, row.tile_m)
-    return splits.best_splits(tiles, rows / row.tile_n, blocks, row.block_size, num_sms, row.resident)
+    if problem.packed_k:  # of all sequences
+        keys = -(-keys // problem.batch)
+    tiles, storages = decode_tiles(problem, row.tile_m), problem.batch * problem.heads_k
+    of_row = row.head_dim, row.tile_n, row.resident, row.can_merge and not problem.packed_q
+    return splits.Decoding(tiles, storages, rows, keys, *of_row)
 
 
 def fused_tiles(problem: Problem, row: config.Decode, num_splits: int) -> int:
@@ -311,11 +313,14 @@ def fused_tiles(problem: Problem, row: config.Decode, num_splits: int) -> int:
     return tiles if rows <= row.warps * row.merged_rows and tiles <= memory.COUNTERS else 0
 
 
-def decoding_pays(problem: Problem, path: str) -> bool:
-    tile_m = 16 if problem.longest_q * problem.group <= 16 else 64
-    rows = decode_tiles(problem, tile_m) * tile_m
+def decoding_pays(problem: Problem, row: config.Decode, path: str) -> bool:
+    """Whether the decode kernels take less time than the forward kernels, by the models of both."""
+    num_sms, work = sms(problem), decoding(problem, row)
+    if work.tiles * row.tile_m > 16 * num_sms * splits.FORWARD_TILE_M:  # many queries: no need to ask
+        return False
     tiles = problem.heads_q * tiles_of(problem, 1, splits.FORWARD_TILE_M)
-    return splits.decoding_pays(rows, tiles, path == "sm90", sms(problem))
+    forward = splits.forward_time(work, tiles, path == "sm90", num_sms)
+    return splits.decode_time(work, splits.best_splits(work, num_sms), num_sms) < forward
 
 
 def decode_tiles(problem: Problem, tile_m: int) -> int:

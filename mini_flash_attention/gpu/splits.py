@@ -5,19 +5,25 @@ that stands in GPU memory, and the kernel divides what it finds.
 """
 
 import math
+from typing import NamedTuple
 
 from mini_flash_attention.kernels.decode.splits import MAX_SPLITS
 
 MAX_BLOCKS = 128  # of a split; beyond, a long sequence among short ones would have too few thread blocks
-# Of an H100, from times of decodes with 1 to 128 splits (docs/worklog.md); µs, and bytes a µs.
+# Of an H100, from times of decodes with 1 to 128 splits (docs/worklog.md); µs, and bytes or FLOPs a µs.
 LATENCY = 0.4  # of a key block, in a thread block that has the memory for itself
 BANDWIDTH_ALONE = 177e3  # beyond that
 BANDWIDTH_OF_SM = 23e3  # with all SMs at work
+MMA_ALONE = 1.45e6  # mma.sync in a thread block that has an SM for itself
+MMA_OF_SM = 2.12e6  # in several
 START = 0.5  # another thread block for each SM
 UNEVEN = 0.16  # of the time that all need together, if some SMs have a thread block more than others
 MERGE, MERGE_SPLIT = 1.4, 0.03  # of all splits, and of each
-# TFLOP/s that mma.sync and wgmma reach on an H100 (docs/worklog.md).
-MMA_RATE, WGMMA_RATE = 350, 650
+COMBINE = 4.0  # instead of MERGE, if another kernel does it
+# A decode kernel without all that: up to 16 rows of a tile, and more; a forward kernel.
+DECODE_BASE, DECODE_BASE_WIDE, FORWARD_BASE = 3.5, 8.0, 4.5
+# What a thread block of 128 rows of the forward kernels reaches, with mma.sync and with wgmma.
+FORWARD_MMA, FORWARD_WGMMA = 2.65e6, 5.8e6
 FORWARD_TILE_M = 128
 # Of a thread block of the backward pass on an H100 (docs/worklog.md), in the time that a query block takes.
 TILE_START = 2.0
@@ -25,52 +31,62 @@ TILE_SHARES = 1.5  # adding its dK and dV in float32, for a square tile
 LAST_TILES = 0.25  # of the longest tile: how long SMs are idle at the end, if tiles are of different length
 
 
-def best_splits(tiles: int, rows: float, blocks: int, block_size: int, num_sms: int, resident: int) -> int:
+class Decoding(NamedTuple):
+    """What is to be decoded."""
+
+    tiles: int  # thread blocks that a split takes
+    storages: int  # key heads of all sequences: tiles of one share its keys in the L2 cache
+    rows: int  # of a tile
+    keys: int  # of a tile
+    head_dim: int
+    tile_n: int  # keys of a block
+    resident: int  # thread blocks that an SM holds
+    fused: bool  # the last thread block of a tile merges its splits
+
+    @property
+    def blocks(self) -> int:
+        """Key blocks of a tile."""
+        return -(-self.keys // self.tile_n)
+
+
+def decode_time(x: Decoding, splits: int, num_sms: int) -> float:
+    """In µs. A thread block alone is bound by how much it has on the way, all together by the memory."""
+    length = -(-x.blocks // splits)
+    splits = -(-x.blocks // length)
+    per_sm = splits * x.tiles / num_sms
+    block_size, flops = 4 * x.tile_n * x.head_dim, 4 * x.rows * x.tile_n * x.head_dim
+    alone = math.ceil(per_sm / x.resident) * length * (LATENCY + block_size / BANDWIDTH_ALONE)
+    busy = length * flops * max(1 / MMA_ALONE, math.ceil(per_sm) / MMA_OF_SM)
+    together = x.storages * x.blocks * block_size
+    if splits > 1:  # writing and reading a row's part of O takes twice as long as reading a key and its value
+        together += x.tiles * splits * x.rows * 8 * x.head_dim
+    together /= num_sms * BANDWIDTH_OF_SM
+    if per_sm > 1:
+        together *= 1 + UNEVEN * (math.ceil(per_sm) / per_sm - 1)
+    merging = (MERGE if x.fused else COMBINE) + MERGE_SPLIT * splits if splits > 1 else 0.0
+    base = DECODE_BASE if x.rows <= 16 else DECODE_BASE_WIDE
+    return base + (max(alone, busy) ** 3 + together**3) ** (1 / 3) + START * per_sm + merging
+
+
+def best_splits(x: Decoding, num_sms: int) -> int:
     """The number of splits with the least estimated time, the smallest of those.
 
-    A thread block alone is bound by how much it has on the way, all together by the memory. With a tile for
-    each SM there is no need to split.
-
-    Args:
-        tiles: thread blocks that a split takes.
-        rows: of a tile, in blocks of keys: writing and reading a row's part of O takes twice as long as
-            reading a key and its value.
-        blocks: key blocks of a tile.
-        block_size: bytes of K and V in a block.
-        resident: thread blocks that an SM holds.
+    With a tile for each SM there is no need to split, unless the tensor cores are what all wait for: they
+    are faster with two thread blocks on an SM.
     """
-    fewest = min(MAX_SPLITS, -(-blocks // MAX_BLOCKS))
-
-    def time(splits: int) -> float:
-        """In µs, without what all have in common."""
-        length = -(-blocks // splits)
-        splits = -(-blocks // length)
-        per_sm = splits * tiles / num_sms
-        alone = math.ceil(per_sm / resident) * length * (LATENCY + block_size / BANDWIDTH_ALONE)
-        moved = tiles * (blocks + (2 * rows * splits if splits > 1 else 0))
-        together = moved * block_size / (num_sms * BANDWIDTH_OF_SM)
-        if per_sm > 1:
-            together *= 1 + UNEVEN * (math.ceil(per_sm) / per_sm - 1)
-        merging = MERGE + MERGE_SPLIT * splits if splits > 1 else 0.0
-        return (alone**3 + together**3) ** (1 / 3) + START * per_sm + merging
-
-    most = 1 if tiles >= num_sms else min(MAX_SPLITS, blocks)
-    return min(range(fewest, max(fewest, most) + 1), key=time)
+    fewest = min(MAX_SPLITS, -(-x.blocks // MAX_BLOCKS))
+    most = min(MAX_SPLITS, x.blocks)
+    if x.tiles >= num_sms * (1 if x.rows <= 16 else x.resident):
+        most = 1
+    return min(range(fewest, max(fewest, most) + 1), key=lambda splits: decode_time(x, splits, num_sms))
 
 
-def decoding_pays(decode_rows: int, forward_tiles: int, wgmma: bool, num_sms: int) -> bool:
-    """Whether decoding takes less time than the forward kernels.
-
-    Both are compared by the tensor cores' work, padding of tiles included. Decoding packs the query heads
-    that share a key head into a tile, and always has enough thread blocks, by splitting.
-
-    Args:
-        decode_rows: of all tiles, if it is decoded.
-        forward_tiles: of FORWARD_TILE_M rows, if it is not.
-        wgmma: what the forward kernel multiplies with, instead of mma.sync.
-    """
-    rate = WGMMA_RATE if wgmma else MMA_RATE
-    return decode_rows / MMA_RATE < max(forward_tiles, num_sms) * FORWARD_TILE_M / rate
+def forward_time(x: Decoding, tiles: int, wgmma: bool, num_sms: int) -> float:
+    """In µs: of the forward kernels for the same work, in so many tiles of FORWARD_TILE_M rows."""
+    flops, rate = 4 * FORWARD_TILE_M * x.keys * x.head_dim, FORWARD_WGMMA if wgmma else FORWARD_MMA
+    alone = -(-tiles // num_sms) * (FORWARD_BASE + flops / rate)
+    together = x.storages * x.keys * 4 * x.head_dim / (num_sms * BANDWIDTH_OF_SM)
+    return (alone**3 + together**3) ** (1 / 3)
 
 
 def heads_per_tile(
