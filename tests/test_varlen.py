@@ -188,13 +188,17 @@ def test_out_is_written_and_returned(any_path: torch.device) -> None:
         assert result is out and torch.equal(out, expected)
     out = torch.full_like(q, 7)
     flash_attn_varlen_func(q, *batch[1:3], *batch.lengths, causal=True, out=out)
-    assert torch.equal(out[:-5], expected) and (out[-5:] == 7).all()
+    assert torch.equal(out[:-5], expected) and not out[-5:].any()
+    out = q.clone()
+    flash_attn_varlen_func(out, *batch[1:3], *batch.lengths, causal=True, out=out)
+    assert torch.equal(out[:-5], expected) and not out[-5:].any()
     room[3:-4, 1] = 7
     assert (room == 7).all()  # nothing was written around it
 
 
-def test_lengths_out_of_range_stay_inside(any_path: torch.device) -> None:
+def test_lengths_out_of_range_stay_inside(any_path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are cut to the tensors: the results mean nothing, but nothing else is read or written."""
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CHECK", "0")  # on the CPU they would be refused
     batch = batch_of([(30, 40), (50, 60)], any_path)
     wrong = int32([-5, 40, 10_000], any_path), int32([7, INT_MAX, 3], any_path)
     out = flash_attn_varlen_func(*batch[:3], *wrong, 100, 100)
