@@ -411,11 +411,12 @@ def values_of_cache(
 
 def _lengths(name: str, starts: list[int], total: int | None) -> list[int]:
     """The lengths that cumulative ones give; total: the tokens there are."""
-    require(starts[0] >= 0, f"{name} must start at 0, not {starts[0]}")
+    room = math.inf if total is None else total
+    require(0 <= starts[0] <= room, f"{name} must start at 0, not {starts[0]}")
     for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         ends = f"{name}: sequence {b} ends at {end}"
         require(start <= end, f"{ends}, before its start at {start}")
-        require(total is None or end <= total, f"{ends}, but there are {total} tokens")
+        require(end <= room, f"{ends}, but there are {total} tokens")
     return [end - start for start, end in zip(starts, starts[1:], strict=False)]
 
 
