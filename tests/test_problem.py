@@ -358,6 +358,7 @@ NO_NEW = dict(k=None, v=None, rotary_cos=None, rotary_sin=None, rotary_interleav
 PLACES = dict(cache_seqlens=USED, cache_batch_idx=None, cache_leftpad=None, block_table=None)
 APPEND = dict(k=NEW, v=NEW)
 ROTARY = APPEND | dict(rotary_cos=COS, rotary_sin=COS)
+LEAF_CACHE, LEAF_COS = x(2, 50, 3, 32).requires_grad_(), x(50, 8).requires_grad_()
 
 
 def cache(q: Tensor = QC, k_cache: Tensor = KC, v_cache: Tensor | None = None, **options: Any) -> Problem:
@@ -390,6 +391,8 @@ def test_facts_of_a_cache() -> None:
     assert cache(cache_leftpad=USED) == replace(plain, left_padded=True)
     assert cache(k_cache=KC[:1], cache_batch_idx=USED) == plain
     assert cache(cache_seqlens=46, **APPEND) == plain
+    nothing = dict(q=x(2, 0, 6, 32), k=NEW[:, :0], v=NEW[:, :0], rotary_cos=COS, rotary_sin=COS)
+    assert cache(cache_seqlens=50, **nothing).seqlen_q == 0  # no token, no row of the rotary tables
     made = cache(causal=True, softcap=3.0, alibi_slopes=x(2, 6), softmax_scale=0.5)
     assert (made.window_right, made.softcap, made.alibi, made.softmax_scale) == (0, 3.0, True, 0.5)
 
@@ -452,6 +455,9 @@ CACHE_ERRORS = [
     (dict(num_splits=129), ValueError, "num_splits must be in 0"),
     (dict(num_splits=1.0), TypeError, "num_splits must be an int, not float"),
     (dict(q=x(2, 4, 6, 32).requires_grad_()), ValueError, "flash_attn_with_kvcache .*, but q requires one"),
+    (dict(v_cache=LEAF_CACHE), ValueError, "flash_attn_with_kvcache .*, but v_cache requires one"),
+    (ROTARY | dict(rotary_cos=LEAF_COS), ValueError, "but rotary_cos requires one"),
+    (ROTARY | dict(rotary_sin=LEAF_COS), ValueError, "but rotary_sin requires one"),
     (dict(window_size=(1,)), ValueError, "window_size must have two"),
     (dict(softcap=None), TypeError, "softcap must be a number"),
 ]  # fmt: skip

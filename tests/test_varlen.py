@@ -430,6 +430,34 @@ def test_probabilities_tell_what_dropout_did() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+def test_probabilities_have_room_for_the_longest_keys() -> None:
+    """Those of sequences without queries too."""
+    batch = batch_of([(0, 3), (1, 2)], CPU, 1, 1, 8)
+    S_dmask = flash_attn_varlen_func(*batch[:3], *batch.lengths, 0.4, return_attn_probs=True)[2]
+    assert S_dmask.shape == (2, 1, 1, 3)
+    nothing = batch_of([(0, 3), (0, 0)], CPU, 1, 1, 8)
+    S_dmask = flash_attn_varlen_func(*nothing[:3], *nothing.lengths, 0.4, return_attn_probs=True)[2]
+    assert S_dmask.shape == (2, 1, 0, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softmax_scale": -0.5}], ids=str)
+@pytest.mark.parametrize("lengths", [[(30, 40), (0, 3), (50, 60)], [(1, 300), (1, 20)], [(0, 5)]], ids=str)
+def test_rows_of_no_sequence_are_zero(any_path: torch.device, lengths: list, options: dict) -> None:
+    """With NaN in them, which would get into the next layer's gradient: 0 · NaN is NaN."""
+    batch = batch_of(lengths, any_path, 4, 2)
+    q = torch.cat((batch.q, batch.q.new_full((130, 4, 64), NAN))).requires_grad_()
+    total = len(batch.q)
+    for out in (None, torch.full_like(q, NAN).detach()):
+        with torch.set_grad_enabled(out is None):
+            results = flash_attn_varlen_func(
+                q, *batch[1:3], *batch.lengths, return_attn_probs=True, out=out, **options
+            )
+        assert (results[0][total:] == 0).all() and (results[1][:, total:] == -torch.inf).all()
+        check_batch(results[0], results[1], batch, **options)
+    dq = torch.autograd.grad(flash_attn_varlen_func(q, *batch[1:3], *batch.lengths, **options).sum(), q)[0]
+    assert not dq[total:].any() and not dq.isnan().any()
+
+
 def test_packed_is_the_same_computation() -> None:
     qkv, kv = (torch.randn(30, n, 4, 8, requires_grad=True) for n in (3, 2))
     cu_seqlens, q = cumulative([13, 0, 17], CPU), torch.randn(30, 4, 8, requires_grad=True)
