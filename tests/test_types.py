@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, flag: bool) -> None:
     either: Tensor | tuple[Tensor, Tensor, Tensor | None] = flash_attn_func(q, k, v, return_attn_probs=flag)
     packed: Tensor = flash_attn_qkvpacked_func(q, window_size=[1, 2])
     varlen: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, 5, cu[0], out=out)
-    varlen, lse, dropped = flash_attn_varlen_func(q, k, v, cu, None, 5, 5, return_attn_probs=True, seqused_k=cu)
+    varlen, lse, dropped = flash_attn_varlen_func(q, k, v, cu, None, 5, 5, return_attn_probs=True, out=out)
     decoded: Tensor = flash_attn_with_kvcache(q, k, v, cache_seqlens=3)
     decoded, lse = flash_attn_with_kvcache(q, k, v, cache_seqlens=cu, return_softmax_lse=True)
     tokens, indices, starts, longest, used = unpad_input(q, cu)
@@ -66,7 +66,7 @@ def test_a_users_script(checker: str, tmp_path: Path) -> None:
         (tmp_path / "pyrightconfig.json").write_text(
             f'{{"typeCheckingMode": "strict", "extraPaths": ["{STUB.parent.parent}"]}}'
         )
-        command += ["--project", str(tmp_path)]
+        command += ["--project", str(tmp_path), "--pythonpath", sys.executable]
     environment = {"PATH": "", "HOME": str(tmp_path), "MYPYPATH": str(STUB.parent.parent)}
     for text, status in ((SCRIPT, 0), (WRONG, 1)):
         script = tmp_path / "script.py"
