@@ -19,11 +19,15 @@ from mini_flash_attention.problem import (
 )
 
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
+KV = checks.OUR_NAMES | {"k": "kv", "v": "kv"}
+QKV = checks.OUR_NAMES | {"q": "qkv", "k": "qkv", "v": "qkv"}
+QKV |= {"cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens"}
+QKV |= {"max_seqlen_q": "max_seqlen", "max_seqlen_k": "max_seqlen"}
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-_is_compiling = torch.compiler.is_compiling  # looked up once: every call asks
+_is_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled  # every call asks
 
 
 def _graph_break(function: Callable[P, R]) -> Callable[P, R]:
@@ -122,7 +126,8 @@ def flash_attn_qkvpacked_func(
     """
     q, k, v = _unpack("qkv", qkv, "batch, seqlen, 3, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return flash_attn_func(q, k, v, *options, return_attn_probs)
+    problem, x = dense(q, k, v, options, QKV)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -148,7 +153,8 @@ def flash_attn_kvpacked_func(
     """
     k, v = _unpack("kv", kv, "batch, seqlen, 2, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return flash_attn_func(q, k, v, *options, return_attn_probs)
+    problem, x = dense(q, k, v, options, KV)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -189,8 +195,8 @@ def flash_attn_varlen_func(
         v: like k.
         cu_seqlens_q: int32 (batch + 1,) on the device of q: sequence b's queries are rows
             cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Starts at 0 and does not decrease.
-        cu_seqlens_k: the same for k and v; with pages only the lengths that it gives count. None where
-            seqused_k tells the lengths.
+        cu_seqlens_k: the same for k and v, but may start later; with pages only the lengths that it gives
+            count. None where seqused_k tells the lengths.
         max_seqlen_q: at least the longest sequence's queries: an int, or an integer tensor of one
             element. It steers speed only: a wrong one does no harm. On a GPU it is not read.
         max_seqlen_k: the same for keys.
@@ -198,21 +204,24 @@ def flash_attn_varlen_func(
             block_table[b, t // page_size]. Entries behind its last token are not read.
         seqused_k: int32 (batch,): the first tokens of each sequence's keys that count, the others are
             not read. None: all.
-        out: where to write the result, a tensor like q; it is returned.
+        out: where to write the result, a tensor like q; it is returned. It may be q.
 
     The other arguments are those of `flash_attn_func`; alibi_slopes may be (batch, heads) here too.
     Lengths out of range are cut to what the tensors hold; pages that are used must exist.
-    MINI_FLASH_ATTENTION_CHECK=1 in the environment checks both, waiting for the device in each call.
+    On the CPU both are checked; on a GPU MINI_FLASH_ATTENTION_CHECK=1 in the environment checks them, waiting
+    for the device in each call.
 
     Returns:
-        out: (total_q, heads, head_dim). Rows that belong to no sequence are undefined.
+        out: (total_q, heads, head_dim). Rows that belong to no sequence are 0, their softmax_lse is -inf.
         softmax_lse: (heads, total_q), fp32 (fp64 for fp64 inputs).
         S_dmask: for tests only; None without dropout, else (batch, heads, longest seqlen_q,
             longest seqlen_k), 0 beyond a sequence's own lengths.
         Gradients of q, k and v are 0 where these belong to no sequence, and beyond seqused_k.
 
     Raises:
-        ValueError: also where a gradient is required with block_table, or with out.
+        ValueError: also where a gradient is required with out, or where out shares memory with k, v or
+            itself, or is a part of q.
+        NotImplementedError: from the backward pass, with block_table.
         Else as `flash_attn_func`.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
@@ -245,9 +254,10 @@ def flash_attn_varlen_qkvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
     """
     q, k, v = _unpack("qkv", qkv, "total, 3, heads, head_dim")
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
+    problem, x = varlen(q, k, v, lengths, options, None, QKV)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -276,9 +286,10 @@ def flash_attn_varlen_kvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
     """
     k, v = _unpack("kv", kv, "total, 2, heads, head_dim")
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
+    problem, x = varlen(q, k, v, lengths, options, None, KV)
+    return _attention(problem, x, None, return_attn_probs)
 
 
 @_graph_break
@@ -338,7 +349,8 @@ def flash_attn_with_kvcache(
         return_softmax_lse: return (out, softmax_lse) instead of out.
 
     Lengths out of range are cut to what the tensors hold; pages and rows that are used must exist.
-    MINI_FLASH_ATTENTION_CHECK=1 in the environment checks both, waiting for the device in each call.
+    On the CPU both are checked; on a GPU MINI_FLASH_ATTENTION_CHECK=1 in the environment checks them, waiting
+    for the device in each call.
 
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
@@ -354,14 +366,18 @@ def flash_attn_with_kvcache(
     new = (k, v, rotary_cos, rotary_sin, rotary_interleaved)
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
+    if return_softmax_lse is not False:
+        return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
     out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
 
 
 def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_probs: bool) -> Output:
+    if return_attn_probs is not False:
+        return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)
     if problem.dropout_p:
         x = x._replace(seed=_draw_seed(problem.device))
-    if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
+    if _grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
         if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
             problem = replace(problem, deterministic=True)
         out, lse = Attention.apply(problem, *x)
@@ -392,7 +408,8 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x = Inputs(q, k, v, alibi_slopes, seed, layout)
         out, lse = backend.forward(problem, x)
-        ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
+        if not problem.page_size:
+            ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
         ctx.problem, ctx.seed = problem, seed
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
@@ -401,6 +418,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("attention has no second derivative: create_graph must be False")
+        if ctx.problem.page_size:
+            raise NotImplementedError("block_table: attention to pages has no gradient")
         q, k, v, alibi_slopes, out, lse, *layout = ctx.saved_tensors
         x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
         if dout is None:

@@ -1,22 +1,23 @@
 """Every rule that the arguments of a call must obey: on facts, on numbers, on values in device memory.
 
-Facts are what the host knows of a tensor. Values (lengths, tables) are checked by a debug switch,
-MINI_FLASH_ATTENTION_CHECK=1: it waits for the device in each call of flash_attn_varlen_func and
-flash_attn_with_kvcache, so it has no place in a graph capture. Without it wrong lengths are cut to
-what the tensors hold, wrong pages and rows may be read, and nothing outside the tensors is written.
+Facts are what the host knows of a tensor. Values (lengths, tables) are checked on the CPU, and on a GPU by a
+debug switch, MINI_FLASH_ATTENTION_CHECK=1: there it waits for the device in each call of
+flash_attn_varlen_func and flash_attn_with_kvcache, so it has no place in a graph capture. Unchecked, as with
+MINI_FLASH_ATTENTION_CHECK=0 on the CPU too, wrong lengths are cut to what the tensors hold, wrong pages and
+rows may be read, and nothing outside the tensors is written.
 
 An error names the argument: TypeError or ValueError, before anything runs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention import environment
+from mini_flash_attention import environment, overlap
 from mini_flash_attention.kernels.decode.splits import MAX_SPLITS
 
 if TYPE_CHECKING:
@@ -24,9 +25,17 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
+STRIDED = torch.strided  # looked up once: every call asks
 
 Facts = tuple[torch.Size, torch.dtype, torch.device]  # of a tensor
 
+# What the caller calls an argument: packed functions have others than those that they are made of.
+Names = Mapping[str, str]
+OUR_NAMES = {
+    name: name for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+}
+
+OFF = "0", "false", "no", "off"
 _switch = environment.reader("MINI_FLASH_ATTENTION_CHECK")
 
 
@@ -39,15 +48,28 @@ def require(condition: bool, message: str, error: type[Exception] = ValueError) 
 
 
 def facts(name: str, x: Tensor) -> Facts:
+    """Of a tensor that is strided memory. A nested one has no shape: asked for it, it raises RuntimeError."""
+    try:
+        if x.layout is STRIDED:
+            return x.shape, x.dtype, x.device
+    except (AttributeError, RuntimeError):
+        pass
+    raise TypeError(not_strided(name, x))
+
+
+def not_strided(name: str, x: object) -> str:
+    """What to say of an argument that is no tensor of strided memory."""
     if not isinstance(x, Tensor):
-        raise TypeError(not_a_tensor(**{name: x}))
-    return x.shape, x.dtype, x.device
+        return f"{name} must be a torch.Tensor, not {type(x).__name__}"
+    if x.is_nested:
+        return f"{name} is a nested tensor: its values and offsets are packed sequences already"
+    return f"{name} has the layout {x.layout}: pass it .to_dense()"
 
 
-def not_a_tensor(**arguments: object) -> str:
-    """What to say of the first argument that is none."""
-    name, value = next(item for item in arguments.items() if not isinstance(item[1], Tensor))
-    return f"{name} must be a torch.Tensor, not {type(value).__name__}"
+def every(words: Iterable[object]) -> str:
+    """a, b and c; what is there twice is told once."""
+    *others, last = dict.fromkeys(map(str, words))
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def rank(name: str, shape: torch.Size, dims: str) -> None:
@@ -63,19 +85,20 @@ def sizes(name: str, shape: torch.Size, dims: str, sizes: tuple[int | None, ...]
     require(fits, f"{name} must have shape ({dims}) = ({wanted}), not {tuple(shape)}")
 
 
-def heads(q: torch.Size, k: torch.Size, v: torch.Size, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+def heads(q: torch.Size, k: torch.Size, v: torch.Size, names: tuple[str, str, str]) -> None:
     """The last two dimensions, heads and head_dim, of q, k and v fit each other."""
     name_q, name_k, name_v = names
-    every = f"{name_q}, {name_k} and {name_v}"
+    all_three = every(names)
     one_shape(name_k, k, name_v, v)
+    for name, shape in zip(names[:2], (q, k), strict=True):
+        require(shape[-2] > 0, f"{name} must have at least one head, but its shape is {tuple(shape)}")
     (heads_q, head_dim), (heads_k, head_dim_k) = q[-2:], k[-2:]
     unlike = f"but {name_q} has {head_dim} and {name_k} has {head_dim_k}"
-    require(head_dim == head_dim_k, f"{every} must have one head_dim, {unlike}")
-    range_of = f"head_dim of {every} must be in 1 to {MAX_HEAD_DIM}, not {head_dim}"
+    require(head_dim == head_dim_k, f"{all_three} must have one head_dim, {unlike}")
+    range_of = f"head_dim of {all_three} must be in 1 to {MAX_HEAD_DIM}, not {head_dim}"
     require(1 <= head_dim <= MAX_HEAD_DIM, range_of)
-    multiple = heads_q > 0 and heads_k > 0 and heads_q % heads_k == 0
     message = f"the heads of {name_q} ({heads_q}) must be a multiple of the heads of {name_k} ({heads_k})"
-    require(multiple, message)
+    require(heads_q % heads_k == 0, message)
 
 
 def one_shape(name_k: str, k: torch.Size, name_v: str, v: torch.Size) -> None:
@@ -86,14 +109,14 @@ def one_shape(name_k: str, k: torch.Size, name_v: str, v: torch.Size) -> None:
 def dtypes_and_devices(
     dtypes: tuple[torch.dtype, ...],
     devices: tuple[torch.device, ...],
-    names: tuple[str, str, str] = ("q", "k", "v"),
+    names: tuple[str, str, str],
 ) -> None:
-    every = "{}, {} and {}"
     for what, values in (("dtype", dtypes), ("device", devices)):
-        message = f"{every.format(*names)} must have one {what}, but they have {every.format(*values)}"
-        require(len(set(values)) == 1, message)
+        found = dict(zip(names, values, strict=True))  # of packed tensors, each once
+        have = ", ".join(f"{name} has {value}" for name, value in found.items())
+        require(len(set(values)) == 1, f"{every(names)} must have one {what}, but {have}")
     allowed = ", ".join(str(dtype) for dtype in DTYPES)
-    message = f"{every.format(*names)} must be one of {allowed}, not {dtypes[0]}"
+    message = f"{every(names)} must be one of {allowed}, not {dtypes[0]}"
     require(dtypes[0] in DTYPES, message, TypeError)
 
 
@@ -175,17 +198,33 @@ def alibi(slopes: Facts | None, batch: int, heads: int, device: torch.device) ->
     message = f"alibi_slopes must have shape {allowed}, not {tuple(shape)}"
     require(shape in ((heads,), (batch, heads)), message)
     require(dtype == torch.float32, f"alibi_slopes must be torch.float32, not {dtype}", TypeError)
-    require(its_device == device, f"alibi_slopes is on {its_device}, but q, k and v are on {device}")
+    require(its_device == device, f"alibi_slopes is on {its_device}, but the other tensors are on {device}")
 
 
-def no_gradient(what: str, *tensors: Tensor | None) -> None:
-    """None of the tensors requires a gradient while gradients are enabled."""
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                raise ValueError(
-                    f"{what} has no gradient, but an input requires one: call it under torch.no_grad()"
-                )
+def no_gradient(what: str, given: Mapping[str, Tensor | None]) -> None:
+    """No tensor requires a gradient. To be asked while gradients are enabled."""
+    for name, x in given.items():
+        if x is not None and x.requires_grad:
+            raise ValueError(
+                f"{what} has no gradient, but {name} requires one: call it under torch.no_grad()"
+            )
+
+
+def out_alone(out: Tensor, given: Mapping[str, Tensor]) -> None:
+    """out overlaps neither itself nor q, k, v. It may be q, of which a tile is read before it is written."""
+    start, mine = out.data_ptr(), None
+    end = start + out.nbytes
+    if not out.is_contiguous():
+        mine = _memory(out)
+        require(not overlap.itself(mine), "out overlaps itself: each element needs memory of its own")
+        end = mine.end
+    for name, x in given.items():
+        address = x.data_ptr()
+        if address >= end or (x.is_contiguous() and address + x.nbytes <= start):
+            continue  # nearly always
+        mine, theirs = mine or _memory(out), _memory(x)
+        if not (name == "q" and mine == theirs) and overlap.each_other(mine, theirs):
+            raise ValueError(f"out shares memory with {name}, which is read while out is written")
 
 
 def packed(name: str, x: Tensor, dims: str) -> int:
@@ -196,6 +235,10 @@ def packed(name: str, x: Tensor, dims: str) -> int:
     fits = x.ndim == len(names) and x.shape[place] == int(names[place])
     require(fits, f"{name} must have shape ({dims}), not {tuple(x.shape)}")
     return place
+
+
+def _memory(x: Tensor) -> overlap.Memory:
+    return overlap.Memory(x.data_ptr(), x.element_size(), x.shape, x.stride())
 
 
 # Numbers
@@ -288,38 +331,53 @@ def length(problem: "Problem", before: int, update: "CacheUpdate | None") -> Non
 
 def positions(problem: "Problem", update: "CacheUpdate") -> int:
     """Rows of the rotary tables that a sequence takes, behind those of the keys it has."""
-    return max(update.added, problem.seqlen_q if problem.windowed else 1)
+    return max(update.added, problem.seqlen_q if problem.windowed else min(1, problem.seqlen_q))
 
 
 # Values on the device
 
 
-def of_values() -> bool:
-    """Whether the debug switch is on."""
-    return (_switch() or "0").lower() not in ("0", "false", "no", "off")
+def switched() -> bool | None:
+    """What MINI_FLASH_ATTENTION_CHECK says; None if it is not set."""
+    value = _switch()
+    return value.lower() not in OFF if value else None
 
 
-def values_of_varlen(problem: "Problem", layout: "Layout", given: "Lengths", num_pages: int) -> None:
+def of_values(x: Tensor) -> bool:
+    """Whether to check values on the device of x."""
+    value = _switch()
+    return value.lower() not in OFF if value else x.is_cpu
+
+
+def values_of_varlen(
+    problem: "Problem", layout: "Layout", given: "Lengths", num_pages: int, names: Names
+) -> None:
     """What flash_attn_varlen_func is given.
 
     With pages the layout may have the lengths that cu_seqlens_k gives as seqused_k. num_pages: of k.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _, seqused_k = given
-    lengths = _lengths("cu_seqlens_q", cu_seqlens_q.tolist(), problem.seqlen_q)
-    _check_longest("cu_seqlens_q", "max_seqlen_q", lengths, max_seqlen_q)
+    name_q, name_k, longest_q, longest_k = (names[name] for name in tuple(OUR_NAMES)[3:])
+    queries = _lengths(name_q, cu_seqlens_q.tolist(), problem.seqlen_q)
+    first = cu_seqlens_q[0].item()  # keys may start later: nobody reads those before
+    require(first == 0, f"{name_q} must start at 0, not {first}")
+    _check_longest(name_q, longest_q, queries, max_seqlen_q)
     storage = [problem.seqlen_k] * problem.batch
     if cu_seqlens_k is not None:
         total = problem.seqlen_k if problem.packed_k else None
-        lengths = _lengths("cu_seqlens_k", cu_seqlens_k.tolist(), total)
+        lengths = _lengths(name_k, cu_seqlens_k.tolist(), total)
         storage = lengths if problem.packed_k else storage
-        _check_longest("cu_seqlens_k", "max_seqlen_k", lengths, max_seqlen_k)
+        _check_longest(name_k, longest_k, lengths, max_seqlen_k)
     if layout.seqused_k is not None:
-        lengths, name = layout.seqused_k.tolist(), "cu_seqlens_k" if seqused_k is None else "seqused_k"
+        lengths, name = layout.seqused_k.tolist(), name_k if seqused_k is None else "seqused_k"
         _check_range(name, lengths, storage)
-        _check_longest(name, "max_seqlen_k", lengths, max_seqlen_k)
+        _check_longest(name, longest_k, lengths, max_seqlen_k)
     if layout.block_table is not None:
         starts = [0] * problem.batch
-        _check_pages(problem, layout, range(problem.batch), starts, lengths, num_pages)
+        ends = [
+            keys if rows else 0 for keys, rows in zip(lengths, queries, strict=True)
+        ]  # pages that are read
+        _check_pages(problem, layout, range(problem.batch), starts, ends, num_pages)
 
 
 def values_of_cache(
@@ -353,15 +411,19 @@ def values_of_cache(
 
 def _lengths(name: str, starts: list[int], total: int | None) -> list[int]:
     """The lengths that cumulative ones give; total: the tokens there are."""
-    require(starts[0] == 0, f"{name} must start at 0, not {starts[0]}")
+    room = math.inf if total is None else total
+    require(0 <= starts[0] <= room, f"{name} must start at 0, not {starts[0]}")
     for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         ends = f"{name}: sequence {b} ends at {end}"
         require(start <= end, f"{ends}, before its start at {start}")
-        require(total is None or end <= total, f"{ends}, but there are {total} tokens")
+        require(end <= room, f"{ends}, but there are {total} tokens")
     return [end - start for start, end in zip(starts, starts[1:], strict=False)]
 
 
 def _check_longest(name: str, name_longest: str, lengths: list[int], longest: int | Tensor) -> None:
+    """Only if asked for: a wrong one does no harm."""
+    if not switched():
+        return
     longest = int(longest)
     for b, length in enumerate(lengths):
         message = f"{name}: sequence {b} has {length} tokens, but {name_longest} is {longest}"

@@ -36,25 +36,30 @@ def forward(problem: Problem, x: Inputs, out: Tensor | None = None) -> tuple[Ten
     """Attention of all sequences.
 
     Args:
-        out: where to write the result; rows of packed q that belong to no sequence stay as they are
-            there, and are 0 in a tensor made here.
+        out: where to write the result. It may be q.
 
     Returns:
         out: like q.
         lse: (batch, heads_q, seqlen_q), packed (heads_q, total_q), natural logarithm, in the dtype of
             the computation.
+        Rows of packed q that belong to no sequence have out 0, lse -inf.
     """
     if out is None:
-        out = x.q.new_zeros(x.q.shape) if problem.packed_q else x.q.new_empty(x.q.shape)
+        out = x.q.new_empty(x.q.shape)
     sizes = (problem.heads_q, problem.seqlen_q)
     sizes = sizes if problem.packed_q else (problem.batch, *sizes)
     lse = x.q.new_full(sizes, -INF, dtype=compute_dtype(problem))
     if x.layout is None:
         forward_dense(problem, x, 0, out, as_column(lse))
         return out, lse
-    for sequence in sequences(problem, x.layout):
+    unused = torch.ones(len(out), dtype=torch.bool, device=out.device)
+    for sequence in attending(problem, x.layout):
+        if problem.packed_q:
+            unused[sequence.rows] = False
         results = (queries_of(problem, sequence, result) for result in (out, as_column(lse)))
         forward_dense(*dense_batch(problem, x, sequence), sequence.index, *results)
+    if problem.packed_q:
+        out.masked_fill_(unused.view(-1, 1, 1), 0)
     return out, lse
 
 
@@ -105,7 +110,7 @@ def backward(
     if x.layout is None:
         return backward_dense(problem, x, 0, *rows)
     dq, dk, dv = (tensor.new_zeros(tensor.shape) for tensor in x[:3])
-    for sequence in sequences(problem, x.layout):
+    for sequence in attending(problem, x.layout):
         its_rows = (None if row is None else queries_of(problem, sequence, row) for row in rows)
         gradients = backward_dense(*dense_batch(problem, x, sequence), sequence.index, *its_rows)
         queries_of(problem, sequence, dq).copy_(gradients[0])
@@ -170,7 +175,7 @@ def dropout_probabilities(problem: Problem, x: Inputs, lse: Tensor) -> Tensor:
     seqlen_q = max((sequence.rows.stop - sequence.rows.start for sequence in every), default=0)
     seqlen_k = max((sequence.keys.stop - sequence.keys.start for sequence in every), default=0)
     S_dmask = lse.new_zeros((problem.batch, problem.heads_q, seqlen_q, seqlen_k))
-    for sequence in every:
+    for sequence in attending(problem, x.layout):
         alone, its = dense_batch(problem, x, sequence)
         its_S = probabilities_dense(alone, its, sequence.index, queries_of(problem, sequence, lse))
         S_dmask[sequence.index, :, : alone.seqlen_q, : alone.seqlen_k] = its_S[0]
@@ -197,7 +202,7 @@ class Sequence(NamedTuple):
 
 
 def sequences(problem: Problem, layout: Layout) -> list[Sequence]:
-    """All sequences that have queries, cut to what the tensors hold, as in kernels/parts/seqlen.py."""
+    """All sequences, cut to what the tensors hold, as in kernels/parts/seqlen.py."""
     starts_q, starts_k, used, leftpad, storage = (None if x is None else x.tolist() for x in layout[:5])
     if layout.keys is not None:
         used = [layout.keys] * problem.batch
@@ -211,9 +216,13 @@ def sequences(problem: Problem, layout: Layout) -> list[Sequence]:
         if leftpad is not None:
             start = clamp(start + leftpad[b], start, end)
         row = 0 if problem.packed_k else b if storage is None else storage[b]
-        if rows.start < rows.stop:
-            found.append(Sequence(b, rows, row, slice(start, end)))
+        found.append(Sequence(b, rows, row, slice(start, end)))
     return found
+
+
+def attending(problem: Problem, layout: Layout) -> list[Sequence]:
+    """The sequences that have queries: of the others no key is read, and no page need exist."""
+    return [one for one in sequences(problem, layout) if one.rows.start < one.rows.stop]
 
 
 def interval(starts: list[int] | None, b: int, total: int) -> slice:

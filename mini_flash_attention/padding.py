@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mini_flash_attention import checks
-from mini_flash_attention.checks import Facts
 
 
 def unpad_input(
@@ -34,7 +33,7 @@ def unpad_input(
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed.
     """
-    shape = _facts("hidden_states", hidden_states)[0]
+    shape = checks.facts("hidden_states", hidden_states)[0]
     if len(shape) < 2:
         raise ValueError(f"hidden_states must have shape (batch, seqlen, ...), not {tuple(shape)}")
     valid = _selected("attention_mask", attention_mask, hidden_states)
@@ -66,7 +65,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed. On a
             GPU the values of indices are checked with MINI_FLASH_ATTENTION_CHECK=1 alone.
     """
-    shape = _facts("hidden_states", hidden_states)[0]
+    shape = checks.facts("hidden_states", hidden_states)[0]
     if len(shape) < 1:
         raise ValueError("hidden_states must have shape (total, ...), not ()")
     for name, size in (("batch", batch), ("seqlen", seqlen)):
@@ -88,18 +87,9 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 # and cannot write a size into a text.
 
 
-def _facts(name: str, x: Tensor) -> Facts:
-    facts = checks.facts(name, x)
-    if x.is_nested:
-        raise TypeError(f"{name} is a nested tensor: its values and offsets are packed sequences already")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} has the layout {x.layout}: pass it .to_dense()")
-    return facts
-
-
 def _selected(name: str, mask: Tensor, hidden_states: Tensor) -> Tensor:
     """Which tokens a mask selects: bool (batch, seqlen)."""
-    shape, _, device = _facts(name, mask)
+    shape, _, device = checks.facts(name, mask)
     wanted = hidden_states.shape[:2]
     if shape != wanted:
         raise ValueError(f"{name} must have shape (batch, seqlen) = {tuple(wanted)}, not {tuple(shape)}")
@@ -110,7 +100,7 @@ def _selected(name: str, mask: Tensor, hidden_states: Tensor) -> Tensor:
 
 def _places(indices: Tensor, hidden_states: Tensor, places: int) -> Tensor:
     """Where each of the tokens goes, as numbers."""
-    shape, dtype, device = _facts("indices", indices)
+    shape, dtype, device = checks.facts("indices", indices)
     if dtype not in (torch.int32, torch.int64, torch.bool):
         raise TypeError(f"indices must be torch.int32, torch.int64 or torch.bool, not {dtype}")
     if device not in (hidden_states.device, torch.device("cpu")):
@@ -124,7 +114,7 @@ def _places(indices: Tensor, hidden_states: Tensor, places: int) -> Tensor:
     tokens = hidden_states.shape[0]
     if indices.shape[0] != tokens:
         raise ValueError(f"indices must be {tokens}, one a token of hidden_states, not {indices.shape[0]}")
-    if checks.of_values() and tokens > 0:
+    if checks.switched() and tokens > 0:
         low, high = indices.min().item(), indices.max().item()
         if low < -places or high >= places:
             raise ValueError(_range_of_indices(places, f"they are in {low} to {high}"))

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import checks
-from mini_flash_attention.checks import Facts, require
+from mini_flash_attention.checks import OUR_NAMES, STRIDED, Facts, Names, require
 from mini_flash_attention.kernels.calls import record
+
+CACHE_NAMES = OUR_NAMES | {"k": "k_cache", "v": "v_cache"}
 
 
 @dataclass(frozen=True)
@@ -131,48 +133,58 @@ Places = tuple  # cache_seqlens, cache_batch_idx, cache_leftpad, block_table
 New = tuple  # k, v, rotary_cos, rotary_sin, rotary_interleaved
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Problem, Inputs]:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, names: Names = OUR_NAMES
+) -> tuple[Problem, Inputs]:
     """A call of `flash_attn_func`, which documents the arguments and the errors.
 
     Every eager call runs through here, so this collects hashable facts and little else: the checks
     are in `_dense`, whose answer is remembered.
+
+    names: what the caller calls q, k, v and so on, for errors.
     """
     slopes = options[5]
     tensors = *_facts_of_three(q, k, v), None if slopes is None else checks.facts_of_alibi(slopes)
-    return _remembered(_dense, tensors, options), record(Inputs, (q, k, v, slopes, None, None))
+    return _remembered(_dense, tensors, options, (), names), record(Inputs, (q, k, v, slopes, None, None))
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: Options, out: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    options: Options,
+    out: Tensor | None,
+    names: Names = OUR_NAMES,
 ) -> tuple[Problem, Inputs]:
-    """A call of `flash_attn_varlen_func`, which documents the arguments and the errors."""
+    """A call of `flash_attn_varlen_func`, which documents arguments and errors; names as in `dense`."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k = lengths
     alibi_slopes, facts = options[5], checks.facts
     three = _facts_of_three(q, k, v)
-    checks.max_seqlen("max_seqlen_k", max_seqlen_k)
+    checks.max_seqlen(names["max_seqlen_k"], max_seqlen_k)
     tensors = (
         *three,
-        facts("cu_seqlens_q", cu_seqlens_q),
-        None if cu_seqlens_k is None else facts("cu_seqlens_k", cu_seqlens_k),
+        facts(names["cu_seqlens_q"], cu_seqlens_q),
+        None if cu_seqlens_k is None else facts(names["cu_seqlens_k"], cu_seqlens_k),
         None if seqused_k is None else facts("seqused_k", seqused_k),
         None if block_table is None else facts("block_table", block_table),
         None if out is None else facts("out", out),
         None if alibi_slopes is None else checks.facts_of_alibi(alibi_slopes),
     )
-    longest = checks.max_seqlen("max_seqlen_q", max_seqlen_q)
-    if block_table is not None:
-        checks.no_gradient("block_table: attention to pages", q, k, v)
+    longest = checks.max_seqlen(names["max_seqlen_q"], max_seqlen_q)
+    if out is not None and torch.is_grad_enabled():
+        checks.no_gradient("out: attention into a given tensor", {"q": q, "k": k, "v": v, "out": out})
+    problem = _remembered(_varlen, tensors, options, (longest,), names)
     if out is not None:
-        checks.no_gradient("out: attention into a given tensor", q, k, v, out)
-    problem = _remembered(_varlen, tensors, options, (longest,))
+        checks.out_alone(out, {"q": q, "k": k, "v": v})
     used = None if seqused_k is None else seqused_k.contiguous()
     if problem.page_size and seqused_k is None:
         used = cu_seqlens_k.diff()
     table = None if block_table is None else block_table.contiguous()
     packed_k = cu_seqlens_k.contiguous() if problem.packed_k else None
     layout = record(Layout, (cu_seqlens_q.contiguous(), packed_k, used, None, None, table, None))
-    if checks.of_values():
-        checks.values_of_varlen(problem, layout, lengths, len(k))
+    if checks.of_values(q):
+        checks.values_of_varlen(problem, layout, lengths, len(k), names)
     return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout))
 
 
@@ -195,7 +207,7 @@ def cache(
     on_device = isinstance(seqlens, Tensor)
     on_host = not on_device and isinstance(seqlens, Integral)
     tensors = (
-        *_facts_of_three(q, k_cache, v_cache, ("q", "k_cache", "v_cache")),
+        *_facts_of_three(q, k_cache, v_cache, CACHE_NAMES),
         None if k is None else facts("k", k),
         None if v is None else facts("v", v),
         None if rotary_cos is None else facts("rotary_cos", rotary_cos),
@@ -206,11 +218,16 @@ def cache(
         None if block_table is None else facts("block_table", block_table),
         None if alibi_slopes is None else checks.facts_of_alibi(alibi_slopes),
     )
-    checks.no_gradient("flash_attn_with_kvcache", q, k_cache, v_cache, k, v)
-    problem = _remembered(_cache, tensors, options, (interleaved, num_splits))
+    if torch.is_grad_enabled():
+        given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+        given |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+        checks.no_gradient("flash_attn_with_kvcache", given)
+    problem = _remembered(_cache, tensors, options, (interleaved, num_splits), CACHE_NAMES)
     update = None
     if k is not None:
-        tables = (None, None) if rotary_cos is None else (rotary_cos.contiguous(), rotary_sin.contiguous())
+        tables = None, None
+        if rotary_cos is not None:
+            tables = rotary_cos.resolve_neg().contiguous(), rotary_sin.resolve_neg().contiguous()
         update = record(CacheUpdate, (k, v, *tables, bool(interleaved)))
     if on_host:
         seqlens = int(seqlens)
@@ -225,21 +242,25 @@ def cache(
         seqlens if on_host else None,
     )
     layout = record(Layout, layout)
-    if checks.of_values():
+    if checks.of_values(q):
         checks.values_of_cache(problem, layout, update, k_cache.shape)
     return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout)), update
 
 
-def _facts_of_three(
-    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")
-) -> tuple[tuple, tuple, tuple]:
+def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -> tuple[tuple, tuple, tuple]:
     """The facts of q, k and v: shapes, dtypes, devices."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        raise TypeError(checks.not_a_tensor(**dict(zip(names, (q, k, v), strict=True))))
-    return (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    try:
+        if q.layout is k.layout is v.layout is STRIDED:
+            return (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    except (AttributeError, RuntimeError):
+        pass
+    every = [checks.facts(names[name], x) for name, x in zip("qkv", (q, k, v), strict=True)]
+    return tuple(zip(*every, strict=True))
 
 
-def _remembered(make: Callable[..., Problem], tensors: tuple, options: Options, more: tuple = ()) -> Problem:
+def _remembered(
+    make: Callable[..., Problem], tensors: tuple, options: Options, more: tuple, names: Names
+) -> Problem:
     """make(tensors, *more, *options); the slopes are among the tensors, the window becomes two numbers."""
     dropout_p, softmax_scale, causal, window_size, softcap, _, deterministic = options
     if type(window_size) is not tuple or len(window_size) != 2:
@@ -248,47 +269,49 @@ def _remembered(make: Callable[..., Problem], tensors: tuple, options: Options, 
     numbers = *more, dropout_p, softmax_scale, causal, left, right, softcap, deterministic
     try:
         return make(tensors, *numbers)
-    except TypeError:  # a check failed, or an argument cannot be hashed: then a check names it
+    except (TypeError, ValueError):  # a check failed, or an argument cannot be hashed: then a check names it
         pass
-    return make.__wrapped__(tensors, *numbers)
+    return make.__wrapped__(tensors, *numbers, names=names)
 
 
 # typed: otherwise a window of 3.0, which is an error, would be served the entry of 3. It takes time for each
 # argument, so the facts of the tensors are one.
 @lru_cache(maxsize=1024, typed=True)
-def _dense(tensors: tuple, *options: object) -> Problem:
+def _dense(tensors: tuple, *options: object, names: Names = OUR_NAMES) -> Problem:
     shapes, dtypes, devices, alibi = tensors
-    for name, shape in zip("qkv", shapes, strict=True):
+    three = names["q"], names["k"], names["v"]
+    for name, shape in zip(three, shapes, strict=True):
         checks.rank(name, shape, "batch, seqlen, heads, head_dim")
-    checks.heads(*shapes)
+    checks.heads(*shapes, three)
     (batch, seqlen_q, heads_q, head_dim), (batch_k, seqlen_k, heads_k, _) = shapes[:2]
-    unlike = f"but q has {batch} and k has {batch_k}"
-    require(batch == batch_k, f"q, k and v must have one batch size, {unlike}")
-    checks.dtypes_and_devices(dtypes, devices)
+    unlike = f"but {three[0]} has {batch} and {three[1]} has {batch_k}"
+    require(batch == batch_k, f"{checks.every(three)} must have one batch size, {unlike}")
+    checks.dtypes_and_devices(dtypes, devices, three)
     facts = Problem(dtypes[0], devices[0], batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, 1.0)
     return _with_options(replace(facts, max_seqlen_q=seqlen_q), alibi, *options)
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object) -> Problem:
+def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object, names: Names = OUR_NAMES) -> Problem:
     shapes, dtypes, devices, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, alibi = tensors
     q, k, _ = shapes
     device = devices[0]
-    checks.rank("q", q, "total_q, heads, head_dim")
+    three = names["q"], names["k"], names["v"]
+    checks.rank(three[0], q, "total_q, heads, head_dim")
     some = cu_seqlens_k is not None or seqused_k is not None
     require(some, "cu_seqlens_k or seqused_k must be given: the lengths of the sequences of keys")
     packed_k = block_table is None and cu_seqlens_k is not None
     dims = "total_k, heads_k, head_dim" if packed_k else "batch, capacity, heads_k, head_dim"
     if block_table is not None:
         dims = "num_blocks, page_size, heads_k, head_dim"
-    for name, shape in zip("kv", shapes[1:], strict=True):
+    for name, shape in zip(three[1:], shapes[1:], strict=True):
         checks.rank(name, shape, dims)
-    checks.heads(*shapes)
-    checks.dtypes_and_devices(dtypes, devices)
-    checks.index("cu_seqlens_q", cu_seqlens_q, device, "batch + 1")
+    checks.heads(*shapes, three)
+    checks.dtypes_and_devices(dtypes, devices, three)
+    checks.index(names["cu_seqlens_q"], cu_seqlens_q, device, "batch + 1")
     batch = cu_seqlens_q[0][0] - 1
-    require(batch >= 0, "cu_seqlens_q must have batch + 1 elements, not none")
-    checks.index("cu_seqlens_k", cu_seqlens_k, device, "batch + 1", (batch + 1,))
+    require(batch >= 0, f"{names['cu_seqlens_q']} must have batch + 1 elements, not none")
+    checks.index(names["cu_seqlens_k"], cu_seqlens_k, device, "batch + 1", (batch + 1,))
     checks.index("seqused_k", seqused_k, device, "batch", (batch,))
     checks.index("block_table", block_table, device, "batch, max_pages", (batch, None))
     one_row_each = block_table is not None or packed_k or k[0] == batch
@@ -313,15 +336,17 @@ def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object) -> Probl
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _cache(tensors: tuple, interleaved: bool, num_splits: int, *options: object) -> Problem:
+def _cache(
+    tensors: tuple, interleaved: bool, num_splits: int, *options: object, names: Names = OUR_NAMES
+) -> Problem:
     shapes, dtypes, devices, k, v, rotary_cos, rotary_sin, *others = tensors
     cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi = others
-    names = "q", "k_cache", "v_cache"
+    three = names["q"], names["k"], names["v"]
     dims = "batch_cache, capacity" if block_table is None else "num_blocks, page_size"
-    for name, shape, first in zip(names, shapes, ("batch, seqlen_q", dims, dims), strict=True):
+    for name, shape, first in zip(three, shapes, ("batch, seqlen_q", dims, dims), strict=True):
         checks.rank(name, shape, f"{first}, heads, head_dim")
-    checks.heads(*shapes, names=names)
-    checks.dtypes_and_devices(dtypes, devices, names)
+    checks.heads(*shapes, three)
+    checks.dtypes_and_devices(dtypes, devices, three)
     q, k_cache, _ = shapes
     like_q, batch = (dtypes[0], devices[0]), q[0]
 

@@ -1,6 +1,7 @@
 """The public functions: signatures, results, autograd, torch.compile, and what an import costs."""
 
 import inspect
+import math
 import subprocess
 import sys
 import weakref
@@ -142,6 +143,16 @@ def test_empty_inputs(batch, seqlen_q, seqlen_k) -> None:
     assert all((gradient == 0).all() for gradient in gradients(out, [q, k, v]))
 
 
+def wide(x: Tensor, n: int) -> Tensor:
+    """n tensors, packed, whose head dim is too large."""
+    return x.new_zeros(2, 5, n, 2, 300)
+
+
+def packed_sequences(x: Tensor, **changes: Any) -> Any:
+    lengths = dict(cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), max_seqlen=5) | changes
+    return flash_attn_varlen_qkvpacked_func(x.new_zeros(5, 3, 2, 8), **lengths)
+
+
 def test_packed_is_the_same_computation() -> None:
     qkv, kv = (torch.randn(2, 5, n, 4, 8, requires_grad=True) for n in (3, 2))
     options = dict(causal=True, softcap=2.0, window_size=(3, 0))
@@ -172,6 +183,25 @@ def test_packed_is_the_same_computation() -> None:
         (lambda x: flash_attn_qkvpacked_func([x, x, x]), TypeError, "qkv must be a .*, not list"),
         (lambda x: flash_attn_kvpacked_func(x, x), ValueError, "kv .*seqlen, 2, "),
         (lambda x: flash_attn_kvpacked_func(x, None), TypeError, "kv must be a .*, not NoneType"),
+        (lambda x: flash_attn_qkvpacked_func(wide(x, 3)), ValueError, "head_dim of qkv must be in 1 to 256"),
+        (lambda x: flash_attn_kvpacked_func(wide(x, 1)[:, :, 0], wide(x, 2)), ValueError, "of q and kv must"),
+        (
+            lambda x: flash_attn_kvpacked_func(x[:1], x[:, :, None].repeat(1, 1, 2, 1, 1)),
+            ValueError,
+            "kv has 2",
+        ),
+        (lambda x: packed_sequences(x, cu_seqlens=x), TypeError, "^cu_seqlens must be torch.int32"),
+        (lambda x: packed_sequences(x, max_seqlen=-1), ValueError, "^max_seqlen must not be negative"),
+        (lambda x: packed_sequences(x, max_seqlen=None), TypeError, "^max_seqlen must be an int"),
+        (lambda x: packed_sequences(x, cu_seqlens=[0]), TypeError, "^cu_seqlens must be a torch.Tensor"),
+        (lambda x: flash_attn_func(x, x, x, return_attn_probs="False"), TypeError, "return_attn_probs must"),
+        (lambda x: flash_attn_func(x, x, x, return_attn_probs=math.nan), TypeError, "return_attn_probs must"),
+        (lambda x: flash_attn_func(x, x, x, return_attn_probs=2), ValueError, "return_attn_probs must"),
+        (
+            lambda x: flash_attn_with_kvcache(x, x, x, return_softmax_lse="no"),
+            TypeError,
+            "return_softmax_lse must",
+        ),
     ],
 )
 def test_errors(call, error, message) -> None:

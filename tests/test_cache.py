@@ -650,6 +650,19 @@ def test_precompile(compiled: list[TinyConfig]) -> None:
     assert compiled == []
 
 
+@pytest.mark.full
+@pytest.mark.timeout(600)  # 14 kernels
+def test_the_command_compiles_once(directory: Path) -> None:
+    """What one process has compiled the next one finds: each kernel of a small selection, twice."""
+    selection = ("--arch", "sm_80", "--head-dim", "64", "--dtype", "float16", "--mask", "full")
+    command = [sys.executable, "-m", "mini_flash_attention", "precompile", *selection]
+    first, second = (
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)
+    )
+    assert re.match(r"[1-9]\d* ", first), first
+    assert second.startswith("0 "), second
+
+
 def test_precompile_tells_what_failed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="1 kernels failed\n.*dtype='Float1'.*AttributeError"):
         compile.precompile([TinyConfig(dtype="Float1"), CONFIG])

@@ -56,7 +56,7 @@ VARLEN = [
     ("paged", {"cu_seqlens_k": [0, 4, 6, 15], "max_seqlen_k": 9}, "cu_seqlens_k of sequence 2 .* not 9"),
     ("paged", {"cu_seqlens_k": [0, 5, 7, 13]}, r"block_table\[0, 1\], a page of sequence 0, .* not 21474"),
     ("paged", {"block_table": [[4, 0], [0, -1], [2, 5]]}, r"block_table\[2, 1\], .* sequence 2, .* not 5"),
-    ("paged", {"seqused_k": [4, 5, 6]}, r"block_table\[1, 1\], a page of sequence 1, .* not -1"),
+    ("paged", {"seqused_k": [5, 2, 6]}, r"block_table\[0, 1\], a page of sequence 0, .* not 21474"),
 ]  # fmt: skip
 
 
@@ -107,13 +107,35 @@ def test_what_is_right_passes(any_path: torch.device) -> None:
         varlen(any_path, form)
     varlen(any_path, "packed", seqused_k=[0, 2, 6])
     varlen(any_path, "packed", max_seqlen_q=torch.tensor(7, device=any_path))
+    varlen(any_path, "paged", seqused_k=[4, 5, 6])  # sequence 1 has no queries: its pages need not exist
     for paged in (False, True):
         with_cache(any_path, paged)
     with_cache(any_path, cache_seqlens=14)
     with_cache(any_path, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None)
 
 
-@pytest.mark.parametrize("value", ["0", "", "false", "No", "off"])
+def test_the_cpu_is_always_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There nothing waits. A longest length is a hint all the same."""
+    for value in (None, ""):
+        monkeypatch.delenv("MINI_FLASH_ATTENTION_CHECK")
+        if value is not None:
+            monkeypatch.setenv("MINI_FLASH_ATTENTION_CHECK", value)
+        with pytest.raises(ValueError, match=r"block_table\[2, 1\], .* sequence 2, .* not 5"):
+            varlen(torch.device("cpu"), "paged", block_table=[[4, 0], [0, -1], [2, 5]])
+        with pytest.raises(ValueError, match="cu_seqlens_q: sequence 2 ends at 13, but there are 12"):
+            varlen(torch.device("cpu"), "packed", cu_seqlens_q=[0, 6, 6, 13])
+        with pytest.raises(ValueError, match="rotary_cos has 14 rows"):
+            with_cache(torch.device("cpu"), seqlen_ro=14)
+        varlen(torch.device("cpu"), "packed", max_seqlen_q=6)
+        monkeypatch.setenv("MINI_FLASH_ATTENTION_CHECK", "")
+
+
+def test_it_waits_for_no_gpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINI_FLASH_ATTENTION_CHECK")
+    with_cache(gpu, seqlen_ro=14)
+
+
+@pytest.mark.parametrize("value", ["0", "false", "No", "off"])
 def test_off(any_path: torch.device, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINI_FLASH_ATTENTION_CHECK", value)
     varlen(any_path, "packed", max_seqlen_q=6)

@@ -167,13 +167,13 @@ ERRORS = [
     (dict(q=x(2, 5, 6, 64)), ValueError, "head_dim, but q has 64 and k has 32"),
     (dict(q=x(2, 5, 4, 32)), ValueError, r"heads of q \(4\) .* multiple of the heads of k \(3\)"),
     (dict(q=x(2, 5, 2, 32)), ValueError, r"heads of q \(2\)"),
-    (dict(q=x(2, 5, 0, 32)), ValueError, r"heads of q \(0\)"),
-    (dict(k=x(2, 7, 0, 32), v=x(2, 7, 0, 32)), ValueError, r"heads of k \(0\)"),
+    (dict(q=x(2, 5, 0, 32)), ValueError, r"q must have at least one head, .* \(2, 5, 0, 32\)"),
+    (dict(k=x(2, 7, 0, 32), v=x(2, 7, 0, 32)), ValueError, r"k must have at least one head"),
     (dict(q=WIDE, k=WIDE, v=WIDE), ValueError, "head_dim .* must be in 1 to 256, not 257"),
     (dict(q=FLAT, k=FLAT, v=FLAT), ValueError, "head_dim .* must be in 1 to 256, not 0"),
-    (dict(k=HALF), ValueError, "one dtype, .* torch.float32, torch.float16 and"),
+    (dict(k=HALF), ValueError, "one dtype, but q has torch.float32, k has torch.float16"),
     (dict(q=INTS, k=INTS, v=INTS), TypeError, "q, k and v must be one of .*, not torch.int32"),
-    (dict(v=META), ValueError, "one device, .* cpu, cpu and meta"),
+    (dict(v=META), ValueError, "one device, but q has cpu, k has cpu, v has meta"),
     (dict(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), not -0.1"),
     (dict(dropout_p=1.0), ValueError, "dropout_p"),
     (dict(dropout_p=float("nan")), ValueError, "dropout_p must be finite .*, not nan"),
@@ -300,6 +300,7 @@ def test_empty_packed_problems_are_legal(total_q: int, total_k: int, batch: int)
 
 
 LEAF = x(12, 6, 32).requires_grad_()
+BOTH = x(20, 2, 6, 32)  # two tensors in one
 VARLEN_ERRORS = [
     (dict(q=Q), ValueError, r"q must have 3 dimensions \(total_q, heads, head_dim\)"),
     (dict(k=KV), ValueError, r"k must have 3 dimensions \(total_k, heads_k, head_dim\)"),
@@ -331,8 +332,13 @@ VARLEN_ERRORS = [
     (dict(out=x(12, 6, 64)), ValueError, r"out must be like q, .*, but is \(12, 6, 64\)"),
     (dict(out=QP.half()), ValueError, "out must be like q, .* torch.float16 on cpu"),
     (dict(out=1), TypeError, "out must be a torch.Tensor"),
-    (dict(q=LEAF, out=torch.empty_like(QP)), ValueError, "out: .* has no gradient, but an input"),
-    (dict(q=LEAF, k=PAGES, block_table=TABLE), ValueError, "block_table: .* has no gradient"),
+    (dict(q=LEAF, out=torch.empty_like(QP)), ValueError, "out: .* has no gradient, but q requires one"),
+    (dict(out=torch.empty_like(QP).requires_grad_()), ValueError, "but out requires one"),
+    (dict(out=QP[:1].expand_as(QP)), ValueError, "out overlaps itself"),
+    (dict(k=BOTH[:20, 0, :3], v=BOTH[:20, 1, :3], out=BOTH[3:15, 0]), ValueError, "out shares memory with k"),
+    (dict(k=BOTH[:20, 0, :3], v=BOTH[:20, 1, :3], out=BOTH[3:15, 1]), ValueError, "out shares memory with v"),
+    (dict(q=BOTH[:12, 0], out=BOTH[1:13, 0]), ValueError, "out shares memory with q"),
+    (dict(q=torch.from_dlpack(BOTH[:12, 0]), out=BOTH[1:13, 0]), ValueError, "out shares memory with q"),
     (dict(alibi_slopes=x(3, 6)), ValueError, r"alibi_slopes .* \(2, 6\), not \(3, 6\)"),
     (dict(window_size=(0.5, 1)), TypeError, "window_size .* left is 0.5"),
     (dict(causal=2), ValueError, "causal must be a bool"),
@@ -352,6 +358,7 @@ NO_NEW = dict(k=None, v=None, rotary_cos=None, rotary_sin=None, rotary_interleav
 PLACES = dict(cache_seqlens=USED, cache_batch_idx=None, cache_leftpad=None, block_table=None)
 APPEND = dict(k=NEW, v=NEW)
 ROTARY = APPEND | dict(rotary_cos=COS, rotary_sin=COS)
+LEAF_CACHE, LEAF_COS = x(2, 50, 3, 32).requires_grad_(), x(50, 8).requires_grad_()
 
 
 def cache(q: Tensor = QC, k_cache: Tensor = KC, v_cache: Tensor | None = None, **options: Any) -> Problem:
@@ -384,6 +391,8 @@ def test_facts_of_a_cache() -> None:
     assert cache(cache_leftpad=USED) == replace(plain, left_padded=True)
     assert cache(k_cache=KC[:1], cache_batch_idx=USED) == plain
     assert cache(cache_seqlens=46, **APPEND) == plain
+    nothing = dict(q=x(2, 0, 6, 32), k=NEW[:, :0], v=NEW[:, :0], rotary_cos=COS, rotary_sin=COS)
+    assert cache(cache_seqlens=50, **nothing).seqlen_q == 0  # no token, no row of the rotary tables
     made = cache(causal=True, softcap=3.0, alibi_slopes=x(2, 6), softmax_scale=0.5)
     assert (made.window_right, made.softcap, made.alibi, made.softmax_scale) == (0, 3.0, True, 0.5)
 
@@ -445,7 +454,10 @@ CACHE_ERRORS = [
     (dict(num_splits=-1), ValueError, r"num_splits must be in 0 \(automatic\) to 128, not -1"),
     (dict(num_splits=129), ValueError, "num_splits must be in 0"),
     (dict(num_splits=1.0), TypeError, "num_splits must be an int, not float"),
-    (dict(q=x(2, 4, 6, 32).requires_grad_()), ValueError, "flash_attn_with_kvcache has no gradient"),
+    (dict(q=x(2, 4, 6, 32).requires_grad_()), ValueError, "flash_attn_with_kvcache .*, but q requires one"),
+    (dict(v_cache=LEAF_CACHE), ValueError, "flash_attn_with_kvcache .*, but v_cache requires one"),
+    (ROTARY | dict(rotary_cos=LEAF_COS), ValueError, "but rotary_cos requires one"),
+    (ROTARY | dict(rotary_sin=LEAF_COS), ValueError, "but rotary_sin requires one"),
     (dict(window_size=(1,)), ValueError, "window_size must have two"),
     (dict(softcap=None), TypeError, "softcap must be a number"),
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mini_flash_attention.gpu import memory
+from mini_flash_attention.gpu import fast, memory
 from mini_flash_attention.gpu.config import ELEMENTS
 from mini_flash_attention.kernels.calls import (
     BATCH_IDX,
@@ -24,13 +24,23 @@ def in_place(*tensors: Tensor) -> bool:
     """Whether kernels can read the tensors (batch, seqlen, heads, head_dim) where they lie.
 
     Kernels check the same themselves, in native code (ValueError, before they do anything): asked before each
-    launch, this would take 1 µs.
+    launch, this would take 1 µs. What they cannot see is a negative bit.
     """
     for x in tensors:
         batch, seqlen, heads, unit = x.stride()
-        if unit != 1 or (batch | seqlen | heads) % ELEMENTS or x.data_ptr() % 16:
+        if unit != 1 or (batch | seqlen | heads) % ELEMENTS or x.data_ptr() % 16 or x.is_neg():
             return False
     return True
+
+
+def written(*tensors: Tensor) -> None:
+    """A kernel wrote to the tensors: autograd, which may have saved what was there, is to know."""
+    try:
+        fast.increment_version(tensors)
+    except RuntimeError:  # tensors of inference mode outside of it: autograd never saves them
+        for x in tensors:
+            if not x.is_inference():
+                fast.increment_version((x,))
 
 
 def readable(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -81,7 +91,7 @@ def with_slopes(score: Score, alibi_slopes: Tensor, batch: int) -> Score:
     """The same with a call's slopes, (batch, heads), of stride 0 where the batch shares them."""
     if alibi_slopes.ndim == 1:
         alibi_slopes = alibi_slopes.expand(batch, -1)
-    return Score(score.scale, score.softcap, alibi_slopes)
+    return Score(score.scale, score.softcap, alibi_slopes.resolve_neg())
 
 
 def dropout(seed: Tensor, dropout_p: float) -> Dropout:

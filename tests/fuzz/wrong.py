@@ -48,7 +48,9 @@ def wrong(call: Call, random: Random) -> Call:
     changes: list[Wrong] = []
     while not changes:
         changes = list(changed(call, random.choice(parameters), given))
-    environment = call.environment | {"MINI_FLASH_ATTENTION_CHECK": "1"}  # values are wrong, too
+    environment = dict(call.environment)
+    if call.device != "cpu":  # values are wrong, too; on the CPU they are always checked
+        environment["MINI_FLASH_ATTENTION_CHECK"] = "1"
     return replace(call, wrong=random.choice(changes), gradients={}, environment=environment)
 
 
@@ -132,10 +134,15 @@ def ints(name: str, given: Given) -> Iterator[str]:
     x = given[name]
     yield from (f"{name}.long()", f"{name}.float()", f"{name}.short()", f"{name}[None]")
     if name.startswith("cu_seqlens"):
-        yield f"{name} + 1"
+        if name != "cu_seqlens_k":  # keys may start later
+            yield f"{name} + 1"
         if x[-1] > 0:
             yield f"{name}.flip(0)"
-        if not (name == "cu_seqlens_k" and "block_table" in given and "seqused_k" in given):
+        # Without sequences or with seqused_k nothing bounds what would be lengths of pages.
+        unbounded = (
+            name == "cu_seqlens_k" and "block_table" in given and ("seqused_k" in given or len(x) == 1)
+        )
+        if not unbounded:
             yield f"torch.cat([{name}[:-1], {name}[-1:] + 10**6])" if len(x) > 1 else f"{name} + 10**6"
     elif name == "block_table":
         if tokens(given) > 0:

@@ -1,7 +1,8 @@
 """The score function: what becomes of Q·Kᵀ before the softmax, inlined into the kernels that ask for it.
 
 config.score is "plain" (the softmax scale alone, folded into the exponentials), "softcap" (Gemma 2,
-arXiv 2408.00118), "alibi" (Press et al. 2022, arXiv 2108.12409) or "softcap_alibi".
+arXiv 2408.00118), "alibi" (Press et al. 2022, arXiv 2108.12409) or "softcap_alibi". What else a new one
+touches: ../README.md, section 8.
 """
 
 import cutlass
