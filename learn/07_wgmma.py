@@ -1,13 +1,15 @@
-"""Step 7: Hopper. The TMA unit copies whole tiles, wgmma reads them from shared memory: one warpgroup.
+"""Step 7: Hopper. The TMA unit copies whole tiles, wgmma reads them from shared memory: one warpgroup (WG).
 
 Four warps issue a product together; it runs by itself, reads K and V where TMA has put them, and is waited for like a
-copy. One thread asks for a copy, and an mbarrier completes when its bytes have arrived. A thread block has 64 query
-rows; two of them fit an SM. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+copy. One thread asks for a copy. Each buffer has two mbarriers: `full` completes when its bytes have arrived, `empty`
+when every warp has released it. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
 """
+
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int64
+from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from helpers import (
@@ -28,9 +30,26 @@ from helpers import (
 )
 
 ARCH = "sm_90a"
-THREADS = 128  # one warpgroup
-TILE_M = 64  # query rows of a thread block
+WGS = 1
+THREADS = 128 * WGS
+TILE_M = 64 * WGS  # query rows of a thread block: 64 for each WG; two thread blocks fit an SM
 TILE_N = 128  # keys of a block
+STAGES = 1  # slots of shared memory for K, and for V
+
+
+class Ring(NamedTuple):
+    """Slots of shared memory; the i-th use of the ring is slot i % stages, in round i // stages."""
+
+    full: cute.Pointer  # (stages) mbarriers: what was announced has arrived
+    empty: cute.Pointer  # (stages) mbarriers: all consumer warps are done
+    stages: int
+
+    def wait_full(self, i: Int32):
+        cute.arch.mbarrier_wait(self.full + i % self.stages, (i // self.stages) & 1)
+
+    def wait_empty(self, i: Int32):
+        """At once in the first round: all slots start empty."""
+        cute.arch.mbarrier_wait(self.empty + i % self.stages, ((i // self.stages) & 1) ^ 1)
 
 
 @cute.jit
@@ -39,32 +58,34 @@ def launch(mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor, s
     op = cpasync.CopyBulkTensorTileG2SOp()
     q = make_tma(op, mQ, tile_layout(TILE_M), TILE_M)
     k, v = (make_tma(op, mX, tile_layout(TILE_N), TILE_N) for mX in (mK, mV))
-    qk, pv = make_wgmma(1, TILE_N, False, False), make_wgmma(1, D, True, True)
+    qk, pv = make_wgmma(WGS, TILE_N, False, False), make_wgmma(WGS, D, True, True)
     grid = (cute.ceil_div(mQ.shape[1], TILE_M), mQ.shape[2], mQ.shape[0])
     kernel(q, k, v, mO, qk, pv).launch(grid=grid, block=(THREADS, 1, 1), stream=stream)
 
 
 @cute.kernel
 def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma):
-    m_block, head, batch = cute.arch.block_idx()
-    tidx, _, _ = cute.arch.thread_idx()
+    tile = cute.arch.block_idx()  # (m_block, head, batch)
     warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     smem = SmemAllocator()
-    sQ = allocate(smem, tile_layout(TILE_M))[None, None, 0]  # (tile_m, d)
-    sK = allocate(smem, tile_layout(TILE_N))[None, None, 0]  # (tile_n, d)
-    sV = allocate(smem, tile_layout(TILE_N))[None, None, 0]  # (tile_n, d)
-    q_full, k_full, v_full = (smem.allocate_array(Int64, 1) for _ in range(3))  # mbarriers
+    sQ = allocate(smem, tile_layout(TILE_M))  # (tile_m, d, 1)
+    sK = allocate(smem, tile_layout(TILE_N, STAGES))  # (tile_n, d, stages)
+    sV = allocate(smem, tile_layout(TILE_N, STAGES))  # (tile_n, d, stages)
+    rings = tuple(make_ring(smem, stages) for stages in (1, STAGES, STAGES))  # of Q, K, V
     if warp_idx == 0:
         with cute.arch.elect_one():
-            for full in (q_full, k_full, v_full):
-                cute.arch.mbarrier_init(full, 1)  # one thread announces bytes
+            for ring in rings:
+                for i in range(ring.stages):
+                    cute.arch.mbarrier_init(ring.full + i, 1)  # the thread that asks announces bytes
+                    cute.arch.mbarrier_init(ring.empty + i, 4 * WGS)  # one lane of each warp
             cute.arch.mbarrier_init_fence()  # the TMA unit, too, sees them initialised
     cute.arch.barrier()  # the mbarriers are there
     blocks = cute.ceil_div(k.tensor.shape[0], TILE_N)
+    q_ring, k_ring, v_ring = rings
     if warp_idx == 0:
-        tma_load(q, m_block, head, batch, sQ, q_full)
-        tma_load(k, 0, head, batch, sK, k_full)
-        tma_load(v, 0, head, batch, sV, v_full)
+        load(q, tile[0], tile, sQ, q_ring, Int32(0))
+        load(k, 0, tile, sK, k_ring, Int32(0))
+        load(v, 0, tile, sV, v_ring, Int32(0))
     wg_qk, wg_pv = qk.get_slice(0), pv.get_slice(0)
     tSrQ = wg_qk.make_fragment_A(wg_qk.partition_A(sQ))  # descriptors: where the operands lie
     tSrK = wg_qk.make_fragment_B(wg_qk.partition_B(sK))
@@ -76,24 +97,43 @@ def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.
     row_max.fill(-Float32.inf)
     row_sum.fill(0.0)
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, BFloat16)
-    cute.arch.mbarrier_wait(q_full, 0)
+    q_ring.wait_full(Int32(0))
     for n in cutlass.range(blocks, unroll=1):
-        cute.arch.mbarrier_wait(k_full, n & 1)  # K has arrived; the mbarrier's phase alternates
-        wgmma(qk, acc_S, tSrQ, tSrK, False)
+        k_ring.wait_full(n)
+        wgmma(qk, acc_S, tSrQ[None, None, None, 0], tSrK[None, None, None, n % STAGES], False)
         warpgroup.wait_group(0)  # S is there
-        cute.arch.barrier()  # for all warps: K has been read
+        release(k_ring, n)
         if warp_idx == 0 and n + 1 < blocks:
-            tma_load(k, n + 1, head, batch, sK, k_full)
+            load(k, n + 1, tile, sK, k_ring, n + 1)
         softmax(acc_S, acc_O, row_max, row_sum)
         convert(as_operand_A(acc_S), P)
-        cute.arch.mbarrier_wait(v_full, n & 1)  # V has arrived
-        wgmma(pv, acc_O, P, tOrV, True)
+        v_ring.wait_full(n)
+        wgmma(pv, acc_O, P, tOrV[None, None, None, n % STAGES], True)
         warpgroup.wait_group(0)  # O may be rescaled, P overwritten
-        cute.arch.barrier()  # for all warps: V has been read
+        release(v_ring, n)
         if warp_idx == 0 and n + 1 < blocks:
-            tma_load(v, n + 1, head, batch, sV, v_full)
-    gO = cute.local_tile(mO[batch, None, head, None], (TILE_M, D), (m_block, 0))  # (tile_m, d)
-    store(acc_O, row_sum, pv.get_slice(tidx).partition_C(gO))
+            load(v, n + 1, tile, sV, v_ring, n + 1)
+    gO = cute.local_tile(mO[tile[2], None, tile[1], None], (TILE_M, D), (tile[0], 0))  # (tile_m, d)
+    store(acc_O, row_sum, pv.get_slice(cute.arch.thread_idx()[0]).partition_C(gO))
+
+
+def make_ring(smem: SmemAllocator, stages: int) -> Ring:
+    return Ring(smem.allocate_array(Int64, stages), smem.allocate_array(Int64, stages), stages)
+
+
+@cute.jit
+def load(tma: Tma, block, tile, sX: cute.Tensor, ring: Ring, i: Int32):
+    """Copy a block of the tile's head to the slot of use i, once it is empty."""
+    ring.wait_empty(i)  # nobody reads what TMA will overwrite
+    slot = i % ring.stages
+    tma_load(tma, block, tile[1], tile[2], sX[None, None, slot], ring.full + slot)
+
+
+@cute.jit
+def release(ring: Ring, i: Int32):
+    """All lanes of this warp are done with the slot of use i."""
+    if cute.arch.lane_idx() == 0:
+        cute.arch.mbarrier_arrive(ring.empty + i % ring.stages)
 
 
 @cute.jit
