@@ -14,6 +14,7 @@ from helpers import SCALE_LOG2, D, opaque_copy
 ARCH = "sm_80"
 THREADS = TILE_M = 128  # query rows of a thread block: one for each thread
 TILE_N = 64  # keys of a block
+SHARED_MEMORY = 2 * D * 2 * TILE_N  # bytes: a block of K and one of V
 
 
 @cute.jit

@@ -1,8 +1,9 @@
 """Step 4: tensor cores. Four warps compute S = Q·Kᵀ and O += P·V with mma.sync, 16 rows of O each.
 
-A thread holds a piece of S (acc_S), of P, and of O (acc_O), in the layout that the tensor core dictates: 4 threads
-share a row, so its maximum takes two shuffles. P goes from the first product's result straight into the second's
-operand, in registers. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+A thread holds a piece of S (acc_S), of P, and of O (acc_O), in the layout that the tensor core dictates: 4
+threads share a row, so its maximum takes two shuffles. P goes from the first product's result straight into
+the second's operand, in registers. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of
+128.
 """
 
 import cutlass
@@ -16,6 +17,7 @@ ARCH = "sm_80"
 WARPS, THREADS = 4, 128
 TILE_M = 64  # query rows of a thread block: 16 for each warp
 TILE_N = 64  # keys of a block
+SHARED_MEMORY = 2 * D * 2 * TILE_N  # bytes: a block of K and one of V
 
 
 @cute.jit

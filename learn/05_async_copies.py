@@ -1,8 +1,9 @@
 """Step 5: copies that run by themselves (cp.async), a layout without bank conflicts, ldmatrix.
 
-K of the next block is copied under the softmax of this one, V under Q·Kᵀ. Rows in shared memory are swizzled: the
-16-byte chunks of a row are permuted, differently in neighbouring rows, so that ldmatrix reads 8 rows at a time from all
-32 banks. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+K of the next block is copied under the softmax of this one, V under Q·Kᵀ. Rows in shared memory are
+swizzled: the 16-byte chunks of a row are permuted, differently in neighbouring rows, so that ldmatrix reads
+8 rows at a time from all 32 banks. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of
+128.
 """
 
 import cutlass
@@ -26,6 +27,7 @@ ARCH = "sm_80"
 WARPS, THREADS = 4, 128
 TILE_M = 64  # query rows of a thread block: 16 for each warp
 TILE_N = 64  # keys of a block
+SHARED_MEMORY = 2 * D * 2 * TILE_N  # bytes: a block of K and one of V
 
 
 @cute.jit
@@ -93,9 +95,7 @@ def arrive():
 
 
 @cute.jit
-def gemm(
-    tiled_mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, sB: cute.Tensor, trans: cutlass.Constexpr, tidx
-):
+def gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, sB, trans: cutlass.Constexpr, tidx):
     """acc += A·B in slices of 16; sB: (N, K) in shared memory, trans: N is its contiguous mode."""
     b = tiled_mma.make_fragment_B(tiled_mma.get_slice(tidx).partition_B(sB))
     atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(trans, 4), BFloat16)  # four 8 x 8 matrices at once

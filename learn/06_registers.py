@@ -1,8 +1,8 @@
 """Step 6: registers. A warp takes 32 rows of O, so that each fragment of K and V that it reads serves twice.
 
-For 32 rows a thread holds 128 registers of O and 64 of S, of the 255 that there are. What else the compiler would keep
-spills: so Q stays in shared memory and is fetched slice by slice, and what is cheap to work out is worked out anew
-(`opaque`). q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+For 32 rows a thread holds 128 registers of O and 64 of S, of the 255 that there are. What else the compiler
+would keep spills: so Q stays in shared memory and is fetched slice by slice, and what is cheap to work out
+is worked out anew (`opaque`). q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
 """
 
 import cutlass
@@ -29,6 +29,7 @@ ARCH = "sm_80"
 WARPS, THREADS = 4, 128
 TILE_M = 128  # query rows of a thread block: 32 for each warp
 TILE_N = 64  # keys of a block
+SHARED_MEMORY = 2 * D * (TILE_M + 2 * TILE_N)  # bytes: Q, a block of K and one of V
 
 
 @cute.jit
@@ -101,9 +102,7 @@ def arrive():
 
 
 @cute.jit
-def gemm(
-    tiled_mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, sA, sB, trans: cutlass.Constexpr, tidx
-):
+def gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, sA, sB, trans: cutlass.Constexpr, tidx):
     """acc += A·B in slices of 16; sA: where A's lie, unless they are in registers; sB, trans: as before."""
     b = tiled_mma.make_fragment_B(tiled_mma.get_slice(tidx).partition_B(sB))
     atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(trans, 4), BFloat16)  # four 8 x 8 matrices at once

@@ -1,8 +1,9 @@
 """Step 7: Hopper. The TMA unit copies whole tiles, wgmma reads them from shared memory: one warpgroup (WG).
 
-Four warps issue a product together; it runs by itself, reads K and V where TMA has put them, and is waited for like a
-copy. One thread asks for a copy. Each buffer has two mbarriers: `full` completes when its bytes have arrived, `empty`
-when every warp has released it. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+Four warps issue a product together; it runs by itself, reads K and V where TMA has put them, and is waited
+for like a copy. One thread asks for a copy. Each buffer has two mbarriers: `full` completes when its bytes
+have arrived, `empty` when every warp has released it. q, k, v, o: (batch, seqlen, heads, 128) bfloat16,
+lengths multiples of 128.
 """
 
 from typing import NamedTuple
@@ -35,6 +36,7 @@ THREADS = 128 * WGS
 TILE_M = 64 * WGS  # query rows of a thread block: 64 for each WG; two thread blocks fit an SM
 TILE_N = 128  # keys of a block
 STAGES = 1  # slots of shared memory for K, and for V
+SHARED_MEMORY = 2 * D * (TILE_M + 2 * STAGES * TILE_N)  # bytes; the mbarriers come on top
 
 
 class Ring(NamedTuple):

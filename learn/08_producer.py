@@ -1,7 +1,8 @@
 """Step 8: roles. A producer warp does nothing but ask for copies; two warpgroups (WGs) consume.
 
-K and V have rings of two slots each; the producer runs ahead as far as slots are empty. One WG's products run while the
-other computes exponentials, and `setmaxregister` gives the consumers the registers that a producer does not need. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+K and V have rings of two slots each; the producer runs ahead as far as slots are empty. One WG's products
+run while the other computes exponentials, and `setmaxregister` gives the consumers the registers that a
+producer does not need. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
 """
 
 from typing import NamedTuple
@@ -34,6 +35,7 @@ THREADS = 128 * (1 + WGS)
 TILE_M = 64 * WGS  # query rows of a thread block: 64 for each consumer WG
 TILE_N = 128  # keys of a block
 STAGES = 2  # slots of shared memory for K, and for V
+SHARED_MEMORY = 2 * D * (TILE_M + 2 * STAGES * TILE_N)  # bytes; the mbarriers come on top
 
 
 class Ring(NamedTuple):
@@ -59,9 +61,7 @@ def launch(mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor, s
     k, v = (make_tma(op, mX, tile_layout(TILE_N), TILE_N) for mX in (mK, mV))
     qk, pv = make_wgmma(WGS, TILE_N, False, False), make_wgmma(WGS, D, True, True)
     grid = (cute.ceil_div(mQ.shape[1], TILE_M), mQ.shape[2], mQ.shape[0])
-    kernel(q, k, v, mO, qk, pv).launch(
-        grid=grid, block=(THREADS, 1, 1), min_blocks_per_mp=1, stream=stream
-    )
+    kernel(q, k, v, mO, qk, pv).launch(grid=grid, block=(THREADS, 1, 1), min_blocks_per_mp=1, stream=stream)
 
 
 @cute.kernel
