@@ -6,11 +6,9 @@ have arrived, `empty` when every warp has released it. q, k, v, o: (batch, seqle
 lengths multiples of 128.
 """
 
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from helpers import (
@@ -20,12 +18,15 @@ from helpers import (
     allocate,
     as_operand_A,
     convert,
+    init_rings,
+    load,
+    make_ring,
     make_tma,
     make_wgmma,
+    release,
     rows_cols,
     store,
     tile_layout,
-    tma_load,
     transposed,
     wgmma,
 )
@@ -37,21 +38,6 @@ TILE_M = 64 * WGS  # query rows of a thread block: 64 for each WG; two thread bl
 TILE_N = 128  # keys of a block
 STAGES = 1  # slots of shared memory for K, and for V
 SHARED_MEMORY = 2 * D * (TILE_M + 2 * STAGES * TILE_N)  # bytes; the mbarriers come on top
-
-
-class Ring(NamedTuple):
-    """Slots of shared memory; the i-th use of the ring is slot i % stages, in round i // stages."""
-
-    full: cute.Pointer  # (stages) mbarriers: what was announced has arrived
-    empty: cute.Pointer  # (stages) mbarriers: all consumer warps are done
-    stages: int
-
-    def wait_full(self, i: Int32):
-        cute.arch.mbarrier_wait(self.full + i % self.stages, (i // self.stages) & 1)
-
-    def wait_empty(self, i: Int32):
-        """At once in the first round: all slots start empty."""
-        cute.arch.mbarrier_wait(self.empty + i % self.stages, ((i // self.stages) & 1) ^ 1)
 
 
 @cute.jit
@@ -67,7 +53,7 @@ def launch(mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor, s
 
 @cute.kernel
 def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma):
-    tile = cute.arch.block_idx()  # (m_block, head, batch)
+    m_block, head, batch = cute.arch.block_idx()
     warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     smem = SmemAllocator()
     sQ = allocate(smem, tile_layout(TILE_M))  # (tile_m, d, 1)
@@ -76,18 +62,14 @@ def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.
     rings = tuple(make_ring(smem, stages) for stages in (1, STAGES, STAGES))  # of Q, K, V
     if warp_idx == 0:
         with cute.arch.elect_one():
-            for ring in rings:
-                for i in range(ring.stages):
-                    cute.arch.mbarrier_init(ring.full + i, 1)  # the thread that asks announces bytes
-                    cute.arch.mbarrier_init(ring.empty + i, 4 * WGS)  # one lane of each warp
-            cute.arch.mbarrier_init_fence()  # the TMA unit, too, sees them initialised
+            init_rings(rings, 4 * WGS)
     cute.arch.barrier()  # the mbarriers are there
     blocks = cute.ceil_div(k.tensor.shape[0], TILE_N)
     q_ring, k_ring, v_ring = rings
     if warp_idx == 0:
-        load(q, tile[0], tile, sQ, q_ring, Int32(0))
-        load(k, 0, tile, sK, k_ring, Int32(0))
-        load(v, 0, tile, sV, v_ring, Int32(0))
+        load(q, m_block, head, batch, sQ, q_ring, Int32(0))
+        load(k, 0, head, batch, sK, k_ring, Int32(0))
+        load(v, 0, head, batch, sV, v_ring, Int32(0))
     wg_qk, wg_pv = qk.get_slice(0), pv.get_slice(0)
     tSrQ = wg_qk.make_fragment_A(wg_qk.partition_A(sQ))  # descriptors: where the operands lie
     tSrK = wg_qk.make_fragment_B(wg_qk.partition_B(sK))
@@ -106,7 +88,7 @@ def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.
         warpgroup.wait_group(0)  # S is there
         release(k_ring, n)
         if warp_idx == 0 and n + 1 < blocks:
-            load(k, n + 1, tile, sK, k_ring, n + 1)
+            load(k, n + 1, head, batch, sK, k_ring, n + 1)
         softmax(acc_S, acc_O, row_max, row_sum)
         convert(as_operand_A(acc_S), P)
         v_ring.wait_full(n)
@@ -114,28 +96,9 @@ def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.
         warpgroup.wait_group(0)  # O may be rescaled, P overwritten
         release(v_ring, n)
         if warp_idx == 0 and n + 1 < blocks:
-            load(v, n + 1, tile, sV, v_ring, n + 1)
-    gO = cute.local_tile(mO[tile[2], None, tile[1], None], (TILE_M, D), (tile[0], 0))  # (tile_m, d)
+            load(v, n + 1, head, batch, sV, v_ring, n + 1)
+    gO = cute.local_tile(mO[batch, None, head, None], (TILE_M, D), (m_block, 0))  # (tile_m, d)
     store(acc_O, row_sum, pv.get_slice(cute.arch.thread_idx()[0]).partition_C(gO))
-
-
-def make_ring(smem: SmemAllocator, stages: int) -> Ring:
-    return Ring(smem.allocate_array(Int64, stages), smem.allocate_array(Int64, stages), stages)
-
-
-@cute.jit
-def load(tma: Tma, block, tile, sX: cute.Tensor, ring: Ring, i: Int32):
-    """Copy a block of the tile's head to the slot of use i, once it is empty."""
-    ring.wait_empty(i)  # nobody reads what TMA will overwrite
-    slot = i % ring.stages
-    tma_load(tma, block, tile[1], tile[2], sX[None, None, slot], ring.full + slot)
-
-
-@cute.jit
-def release(ring: Ring, i: Int32):
-    """All lanes of this warp are done with the slot of use i."""
-    if cute.arch.lane_idx() == 0:
-        cute.arch.mbarrier_arrive(ring.empty + i % ring.stages)
 
 
 @cute.jit

@@ -5,11 +5,9 @@ run while the other computes exponentials, and `setmaxregister` gives the consum
 producer does not need. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
 """
 
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from helpers import (
@@ -19,12 +17,15 @@ from helpers import (
     allocate,
     as_operand_A,
     convert,
+    init_rings,
+    load,
+    make_ring,
     make_tma,
     make_wgmma,
+    release,
     rows_cols,
     store,
     tile_layout,
-    tma_load,
     transposed,
     wgmma,
 )
@@ -36,21 +37,6 @@ TILE_M = 64 * WGS  # query rows of a thread block: 64 for each consumer WG
 TILE_N = 128  # keys of a block
 STAGES = 2  # slots of shared memory for K, and for V
 SHARED_MEMORY = 2 * D * (TILE_M + 2 * STAGES * TILE_N)  # bytes; the mbarriers come on top
-
-
-class Ring(NamedTuple):
-    """Slots of shared memory; the i-th use of the ring is slot i % stages, in round i // stages."""
-
-    full: cute.Pointer  # (stages) mbarriers: what was announced has arrived
-    empty: cute.Pointer  # (stages) mbarriers: all consumer warps are done
-    stages: int
-
-    def wait_full(self, i: Int32):
-        cute.arch.mbarrier_wait(self.full + i % self.stages, (i // self.stages) & 1)
-
-    def wait_empty(self, i: Int32):
-        """At once in the first round: all slots start empty."""
-        cute.arch.mbarrier_wait(self.empty + i % self.stages, ((i // self.stages) & 1) ^ 1)
 
 
 @cute.jit
@@ -75,11 +61,7 @@ def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.
     rings = tuple(make_ring(smem, stages) for stages in (1, STAGES, STAGES))  # of Q, K, V
     if warp_idx == 0:
         with cute.arch.elect_one():
-            for ring in rings:
-                for i in range(ring.stages):
-                    cute.arch.mbarrier_init(ring.full + i, 1)  # the producer announces bytes
-                    cute.arch.mbarrier_init(ring.empty + i, 4 * WGS)  # one lane of each consumer warp
-            cute.arch.mbarrier_init_fence()  # the TMA unit, too, sees them initialised
+            init_rings(rings, 4 * WGS)
     cute.arch.barrier()  # the mbarriers are there
     blocks = cute.ceil_div(k.tensor.shape[0], TILE_N)
     if warp_idx < 4:
@@ -94,17 +76,17 @@ def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.
 @cute.jit
 def produce(q: Tma, k: Tma, v: Tma, sQ, sK, sV, rings, tile, blocks):
     """The producer warp."""
-    q_ring, k_ring, v_ring = rings
-    load(q, tile[0], tile, sQ, q_ring, Int32(0))
+    (m_block, head, batch), (q_ring, k_ring, v_ring) = tile, rings
+    load(q, m_block, head, batch, sQ, q_ring, Int32(0))
     for n in cutlass.range(blocks, unroll=1):
-        load(k, n, tile, sK, k_ring, n)
-        load(v, n, tile, sV, v_ring, n)
+        load(k, n, head, batch, sK, k_ring, n)
+        load(v, n, head, batch, sV, v_ring, n)
 
 
 @cute.jit
 def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, rings, tile, blocks):
     """A consumer warp."""
-    q_ring, k_ring, v_ring = rings
+    (m_block, head, batch), (q_ring, k_ring, v_ring) = tile, rings
     tidx = cute.arch.thread_idx()[0] - 128
     wg = cute.arch.make_warp_uniform(tidx // 128)
     wg_qk, wg_pv = qk.get_slice(wg * 128), pv.get_slice(wg * 128)
@@ -130,27 +112,8 @@ def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, r
         wgmma(pv, acc_O, P, tOrV[None, None, None, n % STAGES], True)
         warpgroup.wait_group(0)  # O may be rescaled, P overwritten
         release(v_ring, n)
-    gO = cute.local_tile(mO[tile[2], None, tile[1], None], (TILE_M, D), (tile[0], 0))  # (tile_m, d)
+    gO = cute.local_tile(mO[batch, None, head, None], (TILE_M, D), (m_block, 0))  # (tile_m, d)
     store(acc_O, row_sum, pv.get_slice(tidx).partition_C(gO))
-
-
-def make_ring(smem: SmemAllocator, stages: int) -> Ring:
-    return Ring(smem.allocate_array(Int64, stages), smem.allocate_array(Int64, stages), stages)
-
-
-@cute.jit
-def load(tma: Tma, block, tile, sX: cute.Tensor, ring: Ring, i: Int32):
-    """Copy a block of the tile's head to the slot of use i, once it is empty."""
-    ring.wait_empty(i)  # nobody reads what TMA will overwrite
-    slot = i % ring.stages
-    tma_load(tma, block, tile[1], tile[2], sX[None, None, slot], ring.full + slot)
-
-
-@cute.jit
-def release(ring: Ring, i: Int32):
-    """All lanes of this warp are done with the slot of use i."""
-    if cute.arch.lane_idx() == 0:
-        cute.arch.mbarrier_arrive(ring.empty + i % ring.stages)
 
 
 @cute.jit

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import BFloat16, Float32, Int32
+from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.block import block_copy
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
@@ -158,13 +158,57 @@ def make_tma(op, mX: cute.Tensor, layout: cute.ComposedLayout, rows: int) -> Tma
     return Tma(*cpasync.make_tiled_tma_atom(op, mX, cute.select(layout, mode=[0, 1]), (rows, D)))
 
 
+class Ring(NamedTuple):
+    """Slots of shared memory; the i-th use of the ring is slot i % stages, in round i // stages.
+
+    An mbarrier flips a phase bit each time it completes: a wait names the parity of its round.
+    """
+
+    full: cute.Pointer  # (stages) mbarriers: the bytes that were announced have arrived
+    empty: cute.Pointer  # (stages) mbarriers: all warps that read it have released it
+    stages: int
+
+    def slot(self, i: Int32) -> Int32:
+        return i % self.stages
+
+    def wait_full(self, i: Int32):
+        cute.arch.mbarrier_wait(self.full + self.slot(i), (i // self.stages) & 1)
+
+    def wait_empty(self, i: Int32):
+        """At once in the first round: all slots start empty."""
+        cute.arch.mbarrier_wait(self.empty + self.slot(i), ((i // self.stages) & 1) ^ 1)
+
+
+def make_ring(smem: SmemAllocator, stages: int) -> Ring:
+    return Ring(smem.allocate_array(Int64, stages), smem.allocate_array(Int64, stages), stages)
+
+
 @cute.jit
-def tma_load(tma: Tma, block, head, batch, sX: cute.Tensor, full: cute.Pointer):
-    """Announce a tile's bytes at the mbarrier `full`, and start its copy to sX (rows, d). By a whole warp."""
+def init_rings(rings: tuple[Ring, ...], warps: cutlass.Constexpr):
+    """By one thread, before a barrier of the thread block; warps: how many release each slot."""
+    for ring in rings:
+        for i in range(ring.stages):
+            cute.arch.mbarrier_init(ring.full + i, 1)  # the thread that asks for a copy announces its bytes
+            cute.arch.mbarrier_init(ring.empty + i, warps)  # one lane of each warp
+    cute.arch.mbarrier_init_fence()  # the TMA unit, too, sees them initialised
+
+
+@cute.jit
+def load(tma: Tma, block, head, batch, sX: cute.Tensor, ring: Ring, i: Int32):
+    """Copy a block of a head to the slot of use i, once it is empty. By a warp; sX: (rows, d, stages)."""
+    ring.wait_empty(i)  # nobody reads what TMA will overwrite
+    sX, full = sX[None, None, ring.slot(i)], ring.full + ring.slot(i)
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(full, 2 * cute.size(sX))
+        cute.arch.mbarrier_arrive_and_expect_tx(full, 2 * cute.size(sX))  # announces the tile's bytes
     gX = cute.local_tile(tma.tensor[None, None, head, batch], (cute.size(sX, mode=[0]), D), (block, 0))
     block_copy(tma.atom, cute.group_modes(gX, 0, 2), cute.group_modes(sX, 0, 2), tma_bar_ptr=full)
+
+
+@cute.jit
+def release(ring: Ring, i: Int32):
+    """All lanes of this warp are done with the slot of use i."""
+    if cute.arch.lane_idx() == 0:
+        cute.arch.mbarrier_arrive(ring.empty + ring.slot(i))
 
 
 def make_wgmma(warpgroups: int, n: int, a_in_registers: bool, b_transposed: bool) -> cute.TiledMma:
@@ -185,3 +229,16 @@ def wgmma(tiled_mma: cute.TiledMma, acc: cute.Tensor, tCrA, tCrB, accumulate: cu
         cute.gemm(atom, acc, tCrA[None, None, k], tCrB[None, None, k], acc)
         atom.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
+
+
+@cute.jit
+def all_true(condition, barrier_id):
+    """Step 11: whether the condition holds in all 128 threads of a warpgroup, all of which must call it."""
+    ok = cute.arch.inline_ptx(
+        "{ .reg .pred p, q; setp.ne.s32 p, {$r0}, 0; "
+        "barrier.cta.red.and.pred q, {$r1}, 128, p; selp.s32 {$w0}, 1, 0, q; }",
+        write_only_types=[Int32],
+        read_only_args=[Int32(condition), barrier_id],
+    )
+    # The same in all lanes: said for the compiler, which else gives up uniform registers.
+    return cute.arch.vote_all_sync(ok != 0)

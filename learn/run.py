@@ -235,7 +235,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, causal: bool, dtype: torch.dtype) -
 
 
 def is_right(out: Tensor, ref: Tensor, low: Tensor) -> bool:
-    """The error rule: out may be wrong by twice as much as the formula in bfloat16, plus a rounding or two."""
+    """The error rule: out may be wrong by twice as much as the formula in bfloat16, and a rounding."""
     rounded = ref.to(out.dtype)
     rounding = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
     error, low_error = (out.float() - ref).abs(), (low.float() - ref).abs()
