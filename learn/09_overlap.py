@@ -101,27 +101,30 @@ def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, r
     row_sum.fill(0.0)
     alpha = cute.make_rmem_tensor(2, Float32)
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, BFloat16)
+    Q = tSrQ[None, None, None, 0]
+    it = Int32(0)  # counts key blocks: the uses of the rings
     q_ring.wait_full(Int32(0))
-    k_ring.wait_full(Int32(0))
-    wgmma(qk, acc_S, tSrQ[None, None, None, 0], tSrK[None, None, None, 0], False)
+    k_ring.wait_full(it)
+    wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it)], False)
     warpgroup.wait_group(0)  # S is there
-    release(k_ring, Int32(0))
+    release(k_ring, it)
     softmax(acc_S, row_max, row_sum, alpha)
     convert(as_operand_A(acc_S), P)
-    for n in cutlass.range(1, blocks, unroll=1):
-        k_ring.wait_full(n)
-        wgmma(qk, acc_S, tSrQ[None, None, None, 0], tSrK[None, None, None, n % STAGES], False)
-        v_ring.wait_full(n - 1)
-        wgmma(pv, acc_O, P, tOrV[None, None, None, (n - 1) % STAGES], True)
+    for _ in cutlass.range(1, blocks, unroll=1):
+        k_ring.wait_full(it + 1)
+        wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it + 1)], False)
+        v_ring.wait_full(it)
+        wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
         warpgroup.wait_group(1)  # S is there; P·V runs on
-        release(k_ring, n)
+        release(k_ring, it + 1)
         softmax(acc_S, row_max, row_sum, alpha)
         warpgroup.wait_group(0)  # O may be rescaled, P overwritten
-        release(v_ring, n - 1)
+        release(v_ring, it)
         rescale(acc_O, alpha)
         convert(as_operand_A(acc_S), P)
-    v_ring.wait_full(blocks - 1)
-    wgmma(pv, acc_O, P, tOrV[None, None, None, (blocks - 1) % STAGES], True)
+        it += 1
+    v_ring.wait_full(it)
+    wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
     warpgroup.wait_group(0)  # O is complete
     gO = cute.local_tile(mO[batch, None, head, None], (TILE_M, D), (m_block, 0))  # (tile_m, d)
     store(acc_O, row_sum, pv.get_slice(tidx).partition_C(gO))

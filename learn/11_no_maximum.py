@@ -106,40 +106,44 @@ def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, r
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, BFloat16)
     if wg == 1:
         next_turn(wg)  # WG 0 begins
+    Q = tSrQ[None, None, None, 0]
+    it = Int32(0)  # counts key blocks: the uses of the rings
     q_ring.wait_full(Int32(0))
-    k_ring.wait_full(Int32(0))
-    wgmma(qk, acc_S, tSrQ[None, None, None, 0], tSrK[None, None, None, 0], False)
+    k_ring.wait_full(it)
+    wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it)], False)
     warpgroup.wait_group(0)  # S is there
-    release(k_ring, Int32(0))
+    release(k_ring, it)
     renew(acc_S, acc_O, offset, row_sum)
     exponentials(acc_S, offset, row_sum)
     convert(as_operand_A(acc_S), P)
-    for n in cutlass.range(1, blocks, unroll=1):
-        k_ring.wait_full(n)
+    for _ in cutlass.range(1, blocks, unroll=1):
+        k_ring.wait_full(it + 1)
         my_turn(wg)
-        wgmma(qk, acc_S, tSrQ[None, None, None, 0], tSrK[None, None, None, n % STAGES], False)
-        v_ring.wait_full(n - 1)
-        wgmma(pv, acc_O, P, tOrV[None, None, None, (n - 1) % STAGES], True)
+        wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it + 1)], False)
+        v_ring.wait_full(it)
+        wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
         next_turn(wg)
         warpgroup.wait_group(1)  # S is there; P·V runs on
         sums.fill(0.0)
         exponentials(acc_S, offset, sums)
-        steady = all_true(cute.arch.fmax(sums[0], sums[1], nan=True) < LIMIT, VOTE + wg)  # a WG acts as one
+        # The WG must agree: it can only compute S again as a whole.
+        steady = all_true(cute.arch.fmax(sums[0], sums[1], nan=True) < LIMIT, VOTE + wg)
         warpgroup.wait_group(0)  # O may be rescaled, P overwritten
         if not steady:
-            wgmma(qk, acc_S, tSrQ[None, None, None, 0], tSrK[None, None, None, n % STAGES], False)
+            wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it + 1)], False)
             warpgroup.wait_group(0)  # S is there once more
             sums.fill(0.0)
             renew(acc_S, acc_O, offset, row_sum)
             exponentials(acc_S, offset, sums)
-        release(k_ring, n)  # not earlier: S may be needed once more
-        release(v_ring, n - 1)
+        release(k_ring, it + 1)  # not earlier: S may be needed once more
+        release(v_ring, it)
         for r in cutlass.range_constexpr(2):
             row_sum[r] = row_sum[r] + sums[r]
         convert(as_operand_A(acc_S), P)
-    v_ring.wait_full(blocks - 1)
+        it += 1
+    v_ring.wait_full(it)
     my_turn(wg)
-    wgmma(pv, acc_O, P, tOrV[None, None, None, (blocks - 1) % STAGES], True)
+    wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
     next_turn(wg)
     warpgroup.wait_group(0)  # O is complete
     gO = cute.local_tile(mO[batch, None, head, None], (TILE_M, D), (m_block, 0))  # (tile_m, d)

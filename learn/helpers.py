@@ -11,7 +11,7 @@ import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.block import block_copy
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
@@ -60,8 +60,8 @@ def convert(src: cute.Tensor, dst: cute.Tensor):
 
 
 @cute.jit
-def store(acc_O: cute.Tensor, row_sum: cute.Tensor, gO: cute.Tensor):
-    """gO <- O / row_sum, the end of a tile; gO: this thread's part of it, row_sum: of its columns so far."""
+def normalise(acc_O: cute.Tensor, row_sum: cute.Tensor) -> cute.Tensor:
+    """O / row_sum in bfloat16; row_sum: of this thread's columns so far."""
     rows = rows_cols(acc_O)
     for r in cutlass.range_constexpr(cute.size(row_sum)):
         factor = cute.arch.rcp_approx(cute.arch.warp_reduction_sum(row_sum[r], threads_in_group=4))
@@ -69,7 +69,13 @@ def store(acc_O: cute.Tensor, row_sum: cute.Tensor, gO: cute.Tensor):
             rows[r, c] = rows[r, c] * factor
     O = cute.make_rmem_tensor(acc_O.shape, BFloat16)
     convert(acc_O, O)
-    cute.autovec_copy(O, gO)
+    return O
+
+
+@cute.jit
+def store(acc_O: cute.Tensor, row_sum: cute.Tensor, gO: cute.Tensor):
+    """gO <- O / row_sum, the end of a tile; gO: this thread's part of it."""
+    cute.autovec_copy(normalise(acc_O, row_sum), gO)
 
 
 def transposed(x: cute.Tensor) -> cute.Tensor:
@@ -242,3 +248,65 @@ def all_true(condition, barrier_id):
     )
     # The same in all lanes: said for the compiler, which else gives up uniform registers.
     return cute.arch.vote_all_sync(ok != 0)
+
+
+@cute.jit
+def store_tma(
+    O: cute.Tensor, sO: cute.Tensor, tma: Tma, tiled_mma: cute.TiledMma, tidx, m_block, head, batch
+):
+    """Step 12: a warp stores its 16 rows of O by TMA, through its rows of sO (tile_m, d)."""
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), BFloat16)
+    thr_store = cute.make_tiled_copy_C(atom, tiled_mma).get_slice(tidx)
+    cute.copy(atom, thr_store.retile(O), thr_store.partition_D(sO))
+    cute.arch.fence_view_async_shared()  # this lane's stores come before what the TMA unit does next
+    cute.arch.sync_warp()  # all lanes have stored and fenced: lane 0 may start the copy of their rows
+    warp_idx = cute.arch.make_warp_uniform(tidx // 32)
+    row_block = m_block * (cute.size(sO, mode=[0]) // 16) + warp_idx
+    gO = cute.local_tile(tma.tensor[None, None, head, batch], (16, D), (row_block, 0))  # (16, d)
+    sO = cute.local_tile(sO, (16, D), (warp_idx, 0))  # (16, d)
+    if cute.arch.lane_idx() == 0:
+        block_copy(tma.atom, cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2))
+        cute.arch.cp_async_bulk_commit_group()
+
+
+@cute.jit
+def wait_for_store():
+    """Until the TMA unit has read this warp's rows of the O that was stored last: they may be overwritten."""
+    if cute.arch.lane_idx() == 0:  # which has asked for the store
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+@cute.jit
+def announce(sTile: cute.Tensor, q_ring: Ring, t: Int32, number: Int32):
+    """Tell the consumers, who see it when the slot of use t is full, which tile it is for. By a warp."""
+    q_ring.wait_empty(t)  # they have read what the slot said before
+    if cute.arch.lane_idx() == 0:
+        sTile[q_ring.slot(t)] = number
+        if number < 0:  # the end: no bytes will follow
+            cute.arch.mbarrier_arrive(q_ring.full + q_ring.slot(t))
+    cute.arch.sync_warp()  # written before any lane announces bytes
+
+
+@cute.jit
+def read_tile(sTile: cute.Tensor, q_ring: Ring, t: Int32):
+    """What `announce` wrote for use t, whose Q is there as well."""
+    q_ring.wait_full(t)
+    return cute.arch.make_warp_uniform(sTile[q_ring.slot(t)])
+
+
+@cute.jit
+def draw(counter: cute.Tensor):
+    """The next number, for all lanes of a warp: counter[0] is how many have been drawn."""
+    number = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        number = cute.arch.atomic_add(counter.iterator.llvm_ptr, Int32(1), sem="relaxed", scope="gpu")
+    return cute.arch.shuffle_sync(number, 0)
+
+
+@cute.jit
+def finish_drawing(counter: cute.Tensor):
+    """The last thread block to call it leaves both counters zero, for the next launch."""
+    if cute.arch.lane_idx() == 0:
+        done = (counter.iterator + 1).llvm_ptr
+        if cute.arch.atomic_add(done, Int32(1), sem="relaxed", scope="gpu") == cute.arch.grid_dim()[0] - 1:
+            counter[0], counter[1] = Int32(0), Int32(0)
