@@ -97,33 +97,45 @@ def built(step: Step, arch: str) -> Path:
     return BUILD / f"{step.path.stem}-{arch}-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
 
 
-def compile_step(step: Step, arch: str) -> None:
-    """Compile, export, link; beside the library, its resources as JSON."""
+def arguments(step: Step) -> list:
+    """Stand-ins for what launch takes, without the stream: what compilation may know of them."""
     import cutlass.cute as cute
     from cutlass import BFloat16, Int32
-    from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+    from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_tensor
 
     def fake(*shape) -> cute.Tensor:  # 16-byte aligned, any strides but a unit last one
         strides = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
         return make_fake_tensor(BFloat16, (*shape, D), stride=strides, assumed_align=16)
 
-    sys.path.insert(0, str(HERE))
-    module = importlib.import_module(step.path.stem)
+    b, sq, sk, h = (cute.sym_int() for _ in range(4))
+    tensors = [fake(b, sq, h), fake(b, sk, h), fake(b, sk, h), fake(b, sq, h)]
+    return tensors + ([make_fake_compact_tensor(Int32, (2,)), Int32(1)] if persistent(step) else [])
+
+
+def imported(step: Step):
+    """The step's module; the compiler is needed for all but the PyTorch ones."""
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))
+    return importlib.import_module(step.path.stem)
+
+
+def compile_step(step: Step, arch: str) -> None:
+    """Compile, export, link; beside the library, its resources as JSON."""
+    import cutlass.cute as cute
+    from cutlass.cute.runtime import make_fake_stream
+
+    module = imported(step)
     # ptxas treats kernels otherwise whose names hold "cutlass": step 3 would get 32 registers and a stack
     module.kernel.set_name_prefix(f"learn_{step.number:02}", remove_cutlass_symbol=True)
-    b, sq, sk, h = (cute.sym_int() for _ in range(4))
-    arguments = [fake(b, sq, h), fake(b, sk, h), fake(b, sk, h), fake(b, sq, h)]
-    if persistent(step):
-        arguments += [make_fake_compact_tensor(Int32, (2,)), Int32(1)]
     stream, options = make_fake_stream(use_tvm_ffi_env_stream=True), f"--enable-tvm-ffi --gpu-arch {arch}"
-    compiled = cute.compile(module.launch, *arguments, stream, options=options)
+    compiled = cute.compile(module.launch, *arguments(step), stream, options=options)
     BUILD.mkdir(exist_ok=True)
     path = built(step, arch)
     temporary = path.with_suffix(f".{os.getpid()}.o")
     compiled.export_to_c(str(temporary), SYMBOL)
     registers, stack = resources(temporary.read_bytes())
-    facts = {"registers": registers, "stack": stack, "shared_memory": module.SHARED_MEMORY}
-    path.with_suffix(".json").write_text(json.dumps(facts))
+    found = {"registers": registers, "stack": stack, "shared_memory": module.SHARED_MEMORY}
+    path.with_suffix(".json").write_text(json.dumps(found))
     command = ["ld", "-shared", "-o", temporary.with_suffix(".so"), temporary]
     if shutil.which("ld") and subprocess.run(command).returncode == 0:
         os.replace(temporary.with_suffix(".so"), path)
@@ -185,8 +197,7 @@ def find(step: Step, arch: str) -> Path | None:
 def load(step: Step, arch: str | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The step as a function of q, k and v."""
     if step.arch is None:
-        sys.path.insert(0, str(HERE))
-        return importlib.import_module(step.path.stem).attention
+        return imported(step).attention
     import tvm_ffi
 
     path = find(step, arch)
@@ -368,14 +379,19 @@ def show_recorded() -> None:
     show(table, f"Recorded {last[:10]} on {table[0]['gpu']}, commit {commit}", TIMED[0][1])
 
 
+def facts(step: Step, arch: str) -> dict[str, int]:
+    """Registers and stack of a thread, shared memory of a thread block; empty if not compiled here."""
+    path = built(step, arch).with_suffix(".json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def show_resources(ladder: list[Step], gpu: str | None) -> None:
     print(f"\n{'step':32}{'for':>8}{'registers':>11}{'stack':>7}{'shared memory':>15}")
     for step in ladder:
         arch = gpu if gpu and runs_on(step, gpu) else step.arch
-        if arch and built(step, arch).with_suffix(".json").exists():
-            facts = json.loads(built(step, arch).with_suffix(".json").read_text())
-            registers, stack, shared = facts.values()
-            print(f"{step.number:2} {step.name:29}{arch:>8}{registers:11}{stack:7}{shared / 1024:12.0f} KB")
+        if arch and (found := facts(step, arch)):
+            registers, stack, shared = found["registers"], found["stack"], found["shared_memory"] / 1024
+            print(f"{step.number:2} {step.name:29}{arch:>8}{registers:11}{stack:7}{shared:12.0f} KB")
 
 
 def added_lines(old: Path, new: Path) -> int:
@@ -433,7 +449,7 @@ def on_cpu(ladder: list[Step]) -> None:
     show_recorded()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--step", type=int, help="this one alone")
     parser.add_argument("--diff", type=int, nargs=2, metavar=("OLD", "NEW"))
@@ -444,7 +460,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--beside", metavar="MODULE:FUNCTION", help="f(q, k, v, causal=) to time in the same turns"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     ladder, gpu = steps(), gpu_arch()
     if options.diff:
         numbered = {step.number: step for step in ladder}
