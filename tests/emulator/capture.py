@@ -13,7 +13,7 @@ import importlib
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +38,12 @@ class Launch(NamedTuple):
 class Library:
     """A compiled kernel module: the host function, and the PTX of what it launches."""
 
-    def __init__(self, config: compile.KernelConfig) -> None:
+    def __init__(self, config: Any, compile_to: Callable[[Any, Path], str] | None = None) -> None:
+        """compile_to: how to compile what is not a config of the package; as `_compile`."""
         import tvm_ffi
 
         self._folder = tempfile.TemporaryDirectory()
-        text = _compile(config, Path(self._folder.name))
+        text = (compile_to or _compile)(config, Path(self._folder.name))
         self.kernels = {kernel.name: kernel for kernel in ptx.parse(text)}
         self._names: list[bytes] = []
         self._launches: list[Launch] = []
@@ -126,6 +127,11 @@ def _compile(config: compile.KernelConfig, folder: Path) -> str:
     kernel = importlib.import_module(f"mini_flash_attention.kernels.{config.kernel}")
     options = f"--enable-tvm-ffi --gpu-arch {config.arch} --keep-ptx --dump-dir {folder}"
     compiled = cute.compile(kernel.launch, kernel.fake_call(config), config, stream(), options=options)
+    return link(compiled, folder)
+
+
+def link(compiled: Any, folder: Path) -> str:
+    """From what cute.compile returned, with --keep-ptx and --dump-dir: leaves kernel.so, returns the PTX."""
     compiled.export_to_c(str(folder / "kernel.o"), compile.SYMBOL)
     # norelro: the table of imports can be written to
     command = ["ld", "-shared", "-z", "norelro", "-o", folder / "kernel.so", folder / "kernel.o"]
