@@ -282,7 +282,7 @@ def test_ragged_forward(case: dict, page: int, page_size: int, window: tuple) ->
     """Packed queries; packed keys, or pages. Rows and pages of nobody hold NaN."""
     options = Options(window=window)
     cu_q, cu_k = (integers(0, *torch.tensor(x).cumsum(0)) for x in (LENGTHS_Q, LENGTHS_K))
-    q, k, v = dense(case, sq=int(cu_q[-1]), sk=int(cu_k[-1]))
+    q, k, v = dense(case, sq=int(cu_q[-1]) + 7, sk=int(cu_k[-1]))
     row = row_of(config.forward, case, options, ragged=True, page=page)
     batch = {"batch": len(LENGTHS_Q), "longest": max(LENGTHS_Q)}
     if page:
@@ -297,6 +297,7 @@ def test_ragged_forward(case: dict, page: int, page_size: int, window: tuple) ->
         parts = q[:, rows], k[:, keys], v[:, keys]
         if parts[0].numel():
             check_forward(out[:, rows], lse[:, :, rows], *parts, **options.reference(*parts[:2], b))
+    assert not out[:, -7:].any() and (lse[:, :, -7:] == -torch.inf).all()  # rows of no sequence
 
 
 def spans(cu_seqlens: Tensor) -> list[slice]:

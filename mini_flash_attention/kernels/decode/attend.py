@@ -19,6 +19,7 @@ from mini_flash_attention.kernels.decode import combine, division, exchange
 from mini_flash_attention.kernels.decode.division import Tile, Warp
 from mini_flash_attention.kernels.parts import arguments
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, rows_cols, transposed
+from mini_flash_attention.kernels.parts.rest import clear_rest
 from mini_flash_attention.kernels.parts.scores import scale_log2, transform
 from mini_flash_attention.kernels.parts.seqlen import clamp
 from mini_flash_attention.kernels.parts.sm80 import Operand, gemm, make_tiled_load, make_tiled_mma, operand_B
@@ -138,6 +139,10 @@ def kernel(config: cutlass.Constexpr, call: Decode, setup: Setup):
         elif call.fused == 0:
             exchange.store_nothing(config, call, setup.partial, tile, warp.tidx)
         first_row += setup.m_blocks * config.tile_m
+    of_sequence = cute.arch.grid_dim()[0] // call.ragged.batch
+    if position.sequence == call.ragged.batch - 1:
+        number = cute.arch.block_idx()[0] % of_sequence
+        clear_rest(call, number * (32 * config.warps) + warp.tidx, of_sequence * (32 * config.warps))
 
 
 kernel.set_name_prefix("mfa_decode", remove_cutlass_symbol=True)

@@ -22,6 +22,7 @@ from mini_flash_attention.kernels.parts.fragments import (
     store_sequence,
     transposed,
 )
+from mini_flash_attention.kernels.parts.rest import clear_rest
 from mini_flash_attention.kernels.parts.scheduler import (
     Place,
     Tile,
@@ -94,7 +95,7 @@ def launch(call: Forward, config: cutlass.Constexpr, stream):
         tile_layout(dtype, config.tile_n, config.head_dim),
     )
     kernel(config, call, setup).launch(
-        grid=(num_tiles(config, call, setup.sizes), 1, 1),
+        grid=(num_tiles(config, call, setup.sizes) + int(config.ragged), 1, 1),
         block=(32 * config.warps, 1, 1),
         stream=stream,
     )
@@ -102,13 +103,16 @@ def launch(call: Forward, config: cutlass.Constexpr, stream):
 
 @cute.kernel
 def kernel(config: cutlass.Constexpr, call: Forward, setup: Setup):
-    """A thread block, whose number is that of its tile; a ragged batch may have fewer tiles."""
+    """A thread block, whose number is that of its tile; those of a ragged batch without one clear_rest."""
     number, _, _ = cute.arch.block_idx()
     place = seek(config, call, setup.sizes, number)
     if const_expr(call.ragged is None):  # noqa: SIM114, only one of the conditions is known to the compiler
         attend(config, call, setup, place, number)
     elif is_tile(config, call, setup.sizes, number, place):
         attend(config, call, setup, place, number)
+    else:
+        threads, idle = 32 * config.warps, cute.arch.grid_dim()[0] - place.first
+        clear_rest(call, (number - place.first) * threads + cute.arch.thread_idx()[0], idle * threads)
 
 
 kernel.set_name_prefix("mfa_fwd_sm80", remove_cutlass_symbol=True)

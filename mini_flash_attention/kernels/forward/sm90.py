@@ -19,6 +19,7 @@ from mini_flash_attention.kernels.forward.sm90_consume import consume
 from mini_flash_attention.kernels.forward.sm90_produce import produce
 from mini_flash_attention.kernels.forward.sm90_records import Setup, make_shared
 from mini_flash_attention.kernels.parts import arguments
+from mini_flash_attention.kernels.parts.rest import clear_rest
 from mini_flash_attention.kernels.parts.scheduler import num_tiles
 from mini_flash_attention.kernels.parts.seqlen import sizes_of
 from mini_flash_attention.kernels.parts.sm90 import init_rings, make_tma
@@ -73,7 +74,7 @@ def make_setup(config, call: Forward) -> Setup:
 
 @cute.kernel
 def kernel(config: cutlass.Constexpr, call: Forward, setup: Setup):
-    """Warp 0 is the producer; 1 to 3 do nothing: registers are handed out by WG. The others consume."""
+    """Warp 0 is the producer; 1 to 3 are there because registers are handed out by WG. The others consume."""
     warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     s = make_shared(config, call, setup)
     if warp_idx == 0:
@@ -86,6 +87,9 @@ def kernel(config: cutlass.Constexpr, call: Forward, setup: Setup):
         cute.arch.setmaxregister_decrease(config.registers[0])  # given up by the whole WG, for the consumers
         if warp_idx == 0:
             produce(config, call, setup, s)
+        elif const_expr(config.ragged):
+            thread = cute.arch.thread_idx()[0] - 32 + 96 * cute.arch.block_idx()[0]
+            clear_rest(call, thread, 96 * cute.arch.grid_dim()[0])
     else:
         cute.arch.setmaxregister_increase(config.registers[1])  # waits until they are free
         consume(config, call, setup, s)
