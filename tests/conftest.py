@@ -13,7 +13,7 @@ UNUSED = torch.zeros(2, dtype=torch.int32)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "every test, with every kernel compiled for every architecture; without: in 3 minutes on 2 cores"
+    help = "every test, with every kernel compiled for every architecture; without: 6 minutes of CPU time"
     parser.addoption("--full", action="store_true", help=help)
 
 

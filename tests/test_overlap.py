@@ -17,7 +17,7 @@ def places(x: Memory) -> list[int]:
 
 def test_itself() -> None:
     for shape in itertools.product(range(4), repeat=3):
-        for stride in itertools.product(range(5), repeat=3):
+        for stride in itertools.product(range(4), repeat=3):
             x = Memory(0, 2, shape, stride)
             every = places(x)
             assert overlap.itself(x) == (len(set(every)) < len(every)), x
@@ -25,11 +25,11 @@ def test_itself() -> None:
 
 def test_each_other() -> None:
     one = [
-        Memory(0, 4, shape, s) for shape in ((3, 2), (2, 3)) for s in itertools.product(range(6), repeat=2)
+        Memory(0, 4, shape, s) for shape in ((3, 2), (2, 3)) for s in itertools.product(range(4), repeat=2)
     ]
     found = {True: 0, False: 0}
     for x, y in itertools.product(one, repeat=2):
-        for first in range(0, 14):
+        for first in range(11):
             moved = y._replace(address=4 * first)
             expected = not set(places(x)).isdisjoint(places(moved))
             assert overlap.each_other(x, moved) == overlap.each_other(moved, x) == expected, (x, moved)
