@@ -4,6 +4,7 @@
   python learn/run.py --step 8            one step
   python learn/run.py --diff 7 8          what changed between two, in colour
   python learn/run.py --compile sm_90a    compile all steps for a GPU that need not be here
+  python learn/run.py --texts             fill what was recorded into the pages
   python learn/run.py --record COMMIT     as without arguments, on a GPU; appends rows to results.csv
 
 Without a GPU the PyTorch steps run on the CPU, the others are compiled, and recorded numbers are shown as
@@ -372,11 +373,9 @@ def show_recorded() -> None:
     if not RESULTS.exists():
         print("\nNo speeds are recorded yet (learn/results.csv).")
         return
-    recorded = list(csv.DictReader(RESULTS.open()))
-    last = max(row["date"] for row in recorded)
-    commit = next(row["commit"] for row in recorded if row["date"] == last)
-    table = [row for row in recorded if row["commit"] == commit]
-    show(table, f"Recorded {last[:10]} on {table[0]['gpu']}, commit {commit}", TIMED[0][1])
+    table = newest()
+    title = f"Recorded {table[0]['date'][:10]} on {table[0]['gpu']}, commit {table[0]['commit']}"
+    show(table, title, TIMED[0][1])
 
 
 def facts(step: Step, arch: str) -> dict[str, int]:
@@ -392,6 +391,64 @@ def show_resources(ladder: list[Step], gpu: str | None) -> None:
         if arch and (found := facts(step, arch)):
             registers, stack, shared = found["registers"], found["stack"], found["shared_memory"] / 1024
             print(f"{step.number:2} {step.name:29}{arch:>8}{registers:11}{stack:7}{shared:12.0f} KB")
+
+
+def newest() -> list[dict]:
+    """The rows of the last recorded run."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open() as file:
+        recorded = list(csv.DictReader(file))
+    last = max(recorded, key=lambda row: row["date"])
+    return [row for row in recorded if row["commit"] == last["commit"]]
+
+
+def measured(step: Step, table: list[dict]) -> str:
+    """What a step's page says of its speed."""
+    speed = {(row["step"], int(row["seqlen"])): float(row["tflops"]) for row in table}
+    name, longest = str(step.number), TIMED[0][1]
+    if (name, longest) not in speed:
+        return "**Measured.** not yet"
+    parts = []
+    for _, seqlen, _ in TIMED:
+        if (name, seqlen) in speed:
+            parts.append(f"{speed[name, seqlen]:.0f} TFLOP/s at {seqlen:,} tokens")
+    text = "**Measured.** " + ", ".join(parts)
+    before = str(step.number - 1), longest
+    if before in speed:
+        text += f"; at {longest:,} {speed[name, longest] / speed[before]:.2f} times step {step.number - 1}"
+    if step.causal:
+        text += " (which computes the whole matrix, and is counted as such)"
+    right = next(row["shapes_right"] for row in table if row["step"] == name)
+    return text + f". Right on {right} shapes. {table[0]['gpu']}, commit {table[0]['commit']}."
+
+
+def ladder_table(table: list[dict]) -> str:
+    """The table of README.md."""
+    speed = {row["step"]: row for row in table if int(row["seqlen"]) == TIMED[0][1]}
+    lines = [f"| step | lines added | TFLOP/s at {TIMED[0][1]:,} tokens |", "|---|---|---|"]
+    found = steps()
+    for old, step in zip([None, *found], found, strict=False):
+        added = added_lines(old.path, step.path) if old else len(step.path.read_text().splitlines())
+        name, row = step.name, speed.get(str(step.number))
+        tflops = f"{float(row['tflops']):.0f}" if row else "not measured yet"
+        lines.append(f"| [{step.number} {name}]({step.path.stem}.md) | {added} | {tflops} |")
+    for name in ("sdpa", "sdpa causal", "matmul"):
+        if name in speed:
+            lines.append(f"| {name} (PyTorch) | | {float(speed[name]['tflops']):.0f} |")
+    return "\n".join(lines)
+
+
+def texts() -> dict[Path, str]:
+    """The pages, with what was measured filled in."""
+    table, pages = newest(), {}
+    for step in steps():
+        page = step.path.with_suffix(".md")
+        pages[page] = re.sub(r"\*\*Measured\.\*\*.*", lambda _, s=step: measured(s, table), page.read_text())
+    readme = HERE / "README.md"
+    between = f"<!-- ladder -->\n{ladder_table(table)}\n<!-- end -->"
+    pages[readme] = re.sub(r"(?s)<!-- ladder -->.*<!-- end -->", lambda _: between, readme.read_text())
+    return pages
 
 
 def added_lines(old: Path, new: Path) -> int:
@@ -460,8 +517,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--beside", metavar="MODULE:FUNCTION", help="f(q, k, v, causal=) to time in the same turns"
     )
+    parser.add_argument("--texts", action="store_true", help="fill what was recorded into the pages")
     options = parser.parse_args(words)
     ladder, gpu = steps(), gpu_arch()
+    if options.texts:
+        for page, text in texts().items():
+            page.write_text(text)
+        return
     if options.diff:
         numbered = {step.number: step for step in ladder}
         return show_diff(*(numbered[n] for n in options.diff))

@@ -203,3 +203,16 @@ def test_diff(capsys: pytest.CaptureFixture) -> None:
     run.main(["--diff", "9", "10"])
     printed = capsys.readouterr().out
     assert "+def my_turn(wg):" in printed and "lines added" in printed
+
+
+def test_pages_say_what_was_recorded() -> None:
+    for page, text in run.texts().items():
+        assert page.read_text() == text, f"python learn/run.py --texts would change {page.name}"
+
+
+def test_measured_is_of_the_results() -> None:
+    row = {"gpu": "some GPU", "commit": "abc", "seqlen": "16384", "shapes_right": "26 / 26"}
+    table = [row | {"step": "7", "tflops": "400.0"}, row | {"step": "8", "tflops": "600.0"}]
+    text = run.measured(STEPS[7], table)
+    assert "600 TFLOP/s at 16,384 tokens" in text and "1.50 times step 7" in text and "abc" in text
+    assert run.measured(STEPS[8], table) == "**Measured.** not yet"
