@@ -238,7 +238,7 @@ def inputs(batch: int, sq: int, sk: int, heads: int, growth: float, device: str)
 def formula(q: Tensor, k: Tensor, v: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
     """The formula in a dtype; causal: query i sees the keys up to i + (keys - queries)."""
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-    S = q @ k.transpose(-1, -2) * D**-0.5
+    S = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         seen = S.shape[-1] - S.shape[-2]
         hidden = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(seen + 1)

@@ -106,6 +106,39 @@ def test_the_formula_is_pytorchs() -> None:
         torch.testing.assert_close(ours, theirs.transpose(1, 2))
 
 
+def branch(name: str):
+    return run.imported(STEPS[0]._replace(path=LEARN / f"{name}.py"))
+
+
+def test_backward_formulas() -> None:
+    backward = branch("backward_formulas")
+    q, k, v, dO = (torch.randn(2, s, 3, 64, dtype=torch.float64) for s in (150, 300, 300, 150))
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(run.formula(*inputs, False, torch.float64), inputs, dO)
+    O, lse = backward.forward(q, k, v)
+    for gradients in (backward.backward_formula(q, k, v, dO), backward.backward_tiles(q, k, v, O, lse, dO)):
+        for got, ref in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(got.double(), ref, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 100])
+@pytest.mark.parametrize("heads_k", [1, 2, 4])
+def test_decode_splits(splits: int, heads_k: int) -> None:
+    q, k, v = torch.randn(2, 3, 4, 64), *torch.randn(2, 2, 100, heads_k, 64)
+    k = k * torch.linspace(1, 40, 100)[:, None, None]  # splits whose scores differ by much
+    repeated = [x.repeat_interleave(4 // heads_k, dim=2) for x in (k, v)]
+    expected = run.formula(q, *repeated, False, torch.float64)
+    torch.testing.assert_close(
+        branch("decode_splits").attention(q, k, v, splits), expected.float(), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_num_splits() -> None:
+    num_splits = branch("decode_splits").num_splits
+    assert num_splits(1, 8, 32768) == 16 and num_splits(1, 8, 1000) == 7
+    assert num_splits(200, 8, 32768) == num_splits(1, 1, 5) == 1
+
+
 @needs_compiler
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("step", one_for_every_run(CUTE, 8))
