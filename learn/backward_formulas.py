@@ -37,7 +37,7 @@ def backward_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV without a matrix larger than a tile: P is computed again from the log-sum-exp.
 
-    The outer loop is what thread blocks divide: each owns a block of keys, with its dK and dV. dQ has no owner:
+    The outer loop is what thread blocks divide: each owns a block of keys, its dK and dV. dQ has no owner:
     every block of keys adds its share to every tile of queries (atomically, on a GPU).
     """
     scale = q.shape[-1] ** -0.5

@@ -204,7 +204,7 @@ def test_on_a_gpu(step: run.Step, gpu: torch.device) -> None:
     if not run.runs_on(step, arch):
         pytest.skip(f"step {step.number} does not run on {arch}")
     run.compile_all([(step, arch)])
-    right = run.count_right([step], {step.number: run.load(step, arch)}, "cuda", run.SHAPES)[step.number]
+    right = run.count_right([step], {step.key: run.load(step, arch)}, "cuda", run.SHAPES)[step.key]
     count, checked = map(int, right.split(" / "))
     assert count == checked >= 20
 
@@ -219,9 +219,9 @@ def test_recorded_rows_are_shown(
         writer = csv.DictWriter(file, run.FIELDS.split(","))
         writer.writeheader()
         for commit, step, tflops in (
-            ("old", 1, 999),
-            ("new", 1, 50),
-            ("new", 2, 100),
+            ("old", "formula", 999),
+            ("new", "formula", 50),
+            ("new", "tiles", 100),
             ("new", "matmul", 400),
         ):
             date = "2026-01-02" if commit == "new" else "2026-01-01"
@@ -233,7 +233,7 @@ def test_recorded_rows_are_shown(
 
 
 def test_diff(capsys: pytest.CaptureFixture) -> None:
-    run.main(["--diff", "9", "10"])
+    run.main(["--diff", "8", "9"])
     printed = capsys.readouterr().out
     assert "+def my_turn(wg):" in printed and "lines added" in printed
 
@@ -245,7 +245,7 @@ def test_pages_say_what_was_recorded() -> None:
 
 def test_measured_is_of_the_results() -> None:
     row = {"gpu": "some GPU", "commit": "abc", "seqlen": "16384", "shapes_right": "26 / 26"}
-    table = [row | {"step": "7", "tflops": "400.0"}, row | {"step": "8", "tflops": "600.0"}]
+    table = [row | {"step": "wgmma", "tflops": "400.0"}, row | {"step": "overlap", "tflops": "600.0"}]
     text = run.measured(STEPS[7], table)
-    assert "600 TFLOP/s at 16,384 tokens" in text and "1.50 times step 7" in text and "abc" in text
+    assert "600 TFLOP/s at 16,384 tokens" in text and "1.5 times step 7" in text and "abc" in text
     assert run.measured(STEPS[8], table) == "**Measured.** not yet"
