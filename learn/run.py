@@ -44,6 +44,13 @@ HERE = Path(__file__).parent
 BUILD, RESULTS = HERE / "build", HERE / "results.csv"
 D, SYMBOL = 128, "attention"
 FIELDS = "date,commit,gpu,torch,cutlass_dsl,step,causal,batch,seqlen,heads,ms,spread,tflops,shapes_right"
+COMPARED = {
+    "sdpa": "PyTorch's attention",
+    "sdpa causal": "PyTorch's attention, causal",
+    "beside": "the package",  # --beside
+    "beside causal": "the package, causal",
+    "matmul": "a matrix product of 8192³",
+}
 TIMED = ((1, 16384, 16), (4, 4096, 16))  # batch, seqlen, heads: of the table, and for the record
 
 # batch, queries, keys, heads, growth: how much larger the first keys are than the last, or (negative) the
@@ -369,7 +376,7 @@ def show(table: list[dict], title: str, seqlen: int) -> None:
     before = None
     for row in table:
         name, of = row["step"], speed.get("matmul")
-        label = names.get(name, f"   {name}")
+        label = names.get(name) or "   " + COMPARED.get(name, name)
         share = f"{speed[name] / of:.0%}" if of and name != "matmul" else ""
         gain = f"{speed[name] / speed[before]:.2f}" if name in names and before else ""
         bar = "█" * max(1, round(36 * speed[name] / most))
@@ -445,9 +452,9 @@ def ladder_table(table: list[dict]) -> str:
         name, row = step.name, speed.get(step.key)
         found = tflops(float(row["tflops"])) if row else "not measured yet"
         lines.append(f"| [{step.number} {name}]({step.path.stem}.md) | {added} | {found} |")
-    for name in ("sdpa", "sdpa causal", "matmul"):
+    for name, what in COMPARED.items():
         if name in speed:
-            lines.append(f"| {name} (PyTorch) | | {float(speed[name]['tflops']):.0f} |")
+            lines.append(f"| {what} | | {float(speed[name]['tflops']):.0f} |")
     return "\n".join(lines)
 
 
