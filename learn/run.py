@@ -380,7 +380,7 @@ def show(table: list[dict], title: str, seqlen: int) -> None:
         share = f"{speed[name] / of:.0%}" if of and name != "matmul" else ""
         gain = f"{speed[name] / speed[before]:.2f}" if name in names and before else ""
         bar = "█" * max(1, round(36 * speed[name] / most))
-        print(f"{label:32}{speed[name]:8.0f}{share:>11}{gain:>10}  {row['shapes_right']:9} {bar}")
+        print(f"{label:32}{tflops(speed[name]):>8}{share:>11}{gain:>10}  {row['shapes_right']:9} {bar}")
         before = name if name in names else before
 
 
