@@ -111,11 +111,11 @@ def softmax(acc_S: cute.Tensor, acc_O: cute.Tensor, row_max: cute.Tensor, row_su
     """The online softmax: acc_S <- P; the maximum, O and the sum (of this thread's columns) follow."""
     S, O = rows_cols(acc_S), rows_cols(acc_O)
     for r in cutlass.range_constexpr(cute.size(row_max)):
-        s = S[r, None].load() * SCALE_LOG2
+        s = S[r, None].load()
         block_max = s.reduce(cute.ReductionOp.MAX, row_max[r], 0)
         new_max = cute.arch.warp_reduction_max(block_max, threads_in_group=4)  # of the quad: the whole row
-        alpha = cute.math.exp2(row_max[r] - new_max, fastmath=True)
-        p = cute.math.exp2(s - new_max, fastmath=True)
+        alpha = cute.math.exp2((row_max[r] - new_max) * SCALE_LOG2, fastmath=True)
+        p = cute.math.exp2(s * SCALE_LOG2 - new_max * SCALE_LOG2, fastmath=True)
         S[r, None].store(p)
         O[r, None].store(O[r, None].load() * alpha)
         row_max[r] = new_max

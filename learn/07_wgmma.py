@@ -34,7 +34,7 @@ from helpers import (
 ARCH = "sm_90a"
 WGS = 1
 THREADS = 128 * WGS
-TILE_M = 64 * WGS  # query rows of a thread block: 64 for each WG; two thread blocks fit an SM
+TILE_M = 64 * WGS  # query rows of a thread block: 64 for each consumer WG
 TILE_N = 128  # keys of a block
 STAGES = 1  # slots of shared memory for K, and for V
 SHARED_MEMORY = 2 * D * (TILE_M + 2 * STAGES * TILE_N)  # bytes; the mbarriers come on top
@@ -48,7 +48,7 @@ def launch(mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor, s
     k, v = (make_tma(op, mX, tile_layout(TILE_N), TILE_N) for mX in (mK, mV))
     qk, pv = make_wgmma(WGS, TILE_N, False, False), make_wgmma(WGS, D, True, True)
     grid = (cute.ceil_div(mQ.shape[1], TILE_M), mQ.shape[2], mQ.shape[0])
-    kernel(q, k, v, mO, qk, pv).launch(grid=grid, block=(THREADS, 1, 1), stream=stream)
+    kernel(q, k, v, mO, qk, pv).launch(grid=grid, block=(THREADS, 1, 1), min_blocks_per_mp=1, stream=stream)
 
 
 @cute.kernel
@@ -81,10 +81,11 @@ def kernel(q: Tma, k: Tma, v: Tma, mO: cute.Tensor, qk: cute.TiledMma, pv: cute.
     row_max.fill(-Float32.inf)
     row_sum.fill(0.0)
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, BFloat16)
+    Q = tSrQ[None, None, None, 0]
     q_ring.wait_full(Int32(0))
     for n in cutlass.range(blocks, unroll=1):
         k_ring.wait_full(n)
-        wgmma(qk, acc_S, tSrQ[None, None, None, 0], tSrK[None, None, None, n % STAGES], False)
+        wgmma(qk, acc_S, Q, tSrK[None, None, None, n % STAGES], False)
         warpgroup.wait_group(0)  # S is there
         release(k_ring, n)
         if warp_idx == 0 and n + 1 < blocks:
@@ -106,11 +107,11 @@ def softmax(acc_S: cute.Tensor, acc_O: cute.Tensor, row_max: cute.Tensor, row_su
     """The online softmax: acc_S <- P; the maximum, O and the sum (of this thread's columns) follow."""
     S, O = rows_cols(acc_S), rows_cols(acc_O)
     for r in cutlass.range_constexpr(cute.size(row_max)):
-        s = S[r, None].load() * SCALE_LOG2
+        s = S[r, None].load()
         block_max = s.reduce(cute.ReductionOp.MAX, row_max[r], 0)
         new_max = cute.arch.warp_reduction_max(block_max, threads_in_group=4)  # of the quad: the whole row
-        alpha = cute.math.exp2(row_max[r] - new_max, fastmath=True)
-        p = cute.math.exp2(s - new_max, fastmath=True)
+        alpha = cute.math.exp2((row_max[r] - new_max) * SCALE_LOG2, fastmath=True)
+        p = cute.math.exp2(s * SCALE_LOG2 - new_max * SCALE_LOG2, fastmath=True)
         S[r, None].store(p)
         O[r, None].store(O[r, None].load() * alpha)
         row_max[r] = new_max

@@ -239,7 +239,7 @@ def wgmma(tiled_mma: cute.TiledMma, acc: cute.Tensor, tCrA, tCrB, accumulate: cu
 
 @cute.jit
 def all_true(condition, barrier_id):
-    """Step 11: whether the condition holds in all 128 threads of a warpgroup, all of which must call it."""
+    """Step 10: whether the condition holds in all 128 threads of a warpgroup, all of which must call it."""
     ok = cute.arch.inline_ptx(
         "{ .reg .pred p, q; setp.ne.s32 p, {$r0}, 0; "
         "barrier.cta.red.and.pred q, {$r1}, 128, p; selp.s32 {$w0}, 1, 0, q; }",
@@ -296,11 +296,11 @@ def read_tile(sTile: cute.Tensor, q_ring: Ring, t: Int32):
 
 @cute.jit
 def draw(counter: cute.Tensor):
-    """The next number, for all lanes of a warp: counter[0] is how many have been drawn."""
+    """The next number, in lane 0, who need not wait for it yet: counter[0] is how many have been drawn."""
     number = Int32(0)
     if cute.arch.lane_idx() == 0:
         number = cute.arch.atomic_add(counter.iterator.llvm_ptr, Int32(1), sem="relaxed", scope="gpu")
-    return cute.arch.shuffle_sync(number, 0)
+    return number
 
 
 @cute.jit

@@ -4,6 +4,7 @@
   python learn/run.py --step 8            one step
   python learn/run.py --diff 7 8          what changed between two, in colour
   python learn/run.py --compile sm_90a    compile all steps for a GPU that need not be here
+  python learn/run.py --texts             fill what was recorded into the pages
   python learn/run.py --record COMMIT     as without arguments, on a GPU; appends rows to results.csv
 
 Without a GPU the PyTorch steps run on the CPU, the others are compiled, and recorded numbers are shown as
@@ -43,6 +44,13 @@ HERE = Path(__file__).parent
 BUILD, RESULTS = HERE / "build", HERE / "results.csv"
 D, SYMBOL = 128, "attention"
 FIELDS = "date,commit,gpu,torch,cutlass_dsl,step,causal,batch,seqlen,heads,ms,spread,tflops,shapes_right"
+COMPARED = {
+    "sdpa": "PyTorch's attention",
+    "sdpa causal": "PyTorch's attention, causal",
+    "beside": "the package",  # --beside
+    "beside causal": "the package, causal",
+    "matmul": "a matrix product of 8192³",
+}
 TIMED = ((1, 16384, 16), (4, 4096, 16))  # batch, seqlen, heads: of the table, and for the record
 
 # batch, queries, keys, heads, growth: how much larger the first keys are than the last, or (negative) the
@@ -63,8 +71,13 @@ class Step(NamedTuple):
     causal: bool
 
     @property
+    def key(self) -> str:
+        """Its name in results.csv, which outlives its number."""
+        return self.path.stem[3:]
+
+    @property
     def name(self) -> str:
-        return self.path.stem[3:].replace("_", " ")
+        return self.key.replace("_", " ")
 
 
 def steps() -> list[Step]:
@@ -237,7 +250,7 @@ def inputs(batch: int, sq: int, sk: int, heads: int, growth: float, device: str)
 def formula(q: Tensor, k: Tensor, v: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
     """The formula in a dtype; causal: query i sees the keys up to i + (keys - queries)."""
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-    S = q @ k.transpose(-1, -2) * D**-0.5
+    S = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         seen = S.shape[-1] - S.shape[-2]
         hidden = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(seen + 1)
@@ -254,9 +267,9 @@ def is_right(out: Tensor, ref: Tensor, low: Tensor) -> bool:
     return bool(largest and error.mean() <= 2 * low_error.mean() + rounding / 10)
 
 
-def count_right(ladder: list[Step], functions: dict, device: str, shapes: list) -> dict[int, str]:
+def count_right(ladder: list[Step], functions: dict, device: str, shapes: list) -> dict[str, str]:
     """For each step "right / checked", of these shapes."""
-    right, checked = ({step.number: 0 for step in ladder} for _ in range(2))
+    right, checked = ({step.key: 0 for step in ladder} for _ in range(2))
     torch.manual_seed(0)
     for shape in shapes:
         q, k, v = inputs(*shape, device)
@@ -266,8 +279,8 @@ def count_right(ladder: list[Step], functions: dict, device: str, shapes: list) 
             ref, low = (formula(q, k, v, causal, dtype) for dtype in (torch.float32, torch.bfloat16))
             for step in ladder:
                 if step.causal == causal:
-                    checked[step.number] += 1
-                    right[step.number] += is_right(functions[step.number](q, k, v), ref, low)
+                    checked[step.key] += 1
+                    right[step.key] += is_right(functions[step.key](q, k, v), ref, low)
     return {n: f"{right[n]} / {checked[n]}" for n in right}
 
 
@@ -275,7 +288,7 @@ def flops(batch: int, seqlen: int, heads: int, causal: bool) -> float:
     return 4 * batch * heads * seqlen**2 * D / (2 if causal else 1)
 
 
-def times(functions: dict[str, Callable], rounds: int = 10, turn: float = 15) -> dict[str, list[float]]:
+def times(functions: dict[str, Callable], rounds: int = 12, turn: float = 25) -> dict[str, list[float]]:
     """Milliseconds of each function, in random turns of about `turn` milliseconds, on the GPU."""
 
     def measure(function: Callable, calls: int) -> float:
@@ -293,9 +306,12 @@ def times(functions: dict[str, Callable], rounds: int = 10, turn: float = 15) ->
         first[name] = measure(function, 1)
     found = {name: [] for name in functions}
     for i in range(rounds):
-        names = [name for name in functions if i < 3 or first[name] < 200]
+        names = [name for name in functions if i < 2 or first[name] < 200]
         for name in random.sample(names, len(names)):
-            found[name].append(measure(functions[name], max(1, round(turn / first[name]))))
+            calls = max(1, round(turn / first[name]))
+            for _ in range(calls if first[name] < 200 else 0):
+                functions[name]()  # the clock that this function's power allows, not the one's before it
+            found[name].append(measure(functions[name], calls))
     return found
 
 
@@ -306,7 +322,7 @@ def timed(ladder: list[Step], functions: dict, size: tuple[int, int, int], besid
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     sdpa = torch.nn.functional.scaled_dot_product_attention
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    todo = {f"{s.number}": (s.causal, lambda f=functions[s.number]: f(q, k, v)) for s in ladder}
+    todo = {s.key: (s.causal, lambda f=functions[s.key]: f(q, k, v)) for s in ladder}
     todo["matmul"] = False, lambda: a @ a
     other = None
     if beside:
@@ -321,7 +337,7 @@ def timed(ladder: list[Step], functions: dict, size: tuple[int, int, int], besid
     return {name: (todo[name][0], ms) for name, ms in found.items()}
 
 
-def rows(found: dict, size: tuple[int, int, int], right: dict[int, str], commit: str) -> Iterator[dict]:
+def rows(found: dict, size: tuple[int, int, int], right: dict[str, str], commit: str) -> Iterator[dict]:
     """Rows of results.csv."""
     batch, seqlen, heads = size
     for name, (causal, ms) in found.items():
@@ -342,7 +358,7 @@ def rows(found: dict, size: tuple[int, int, int], right: dict[int, str], commit:
             "ms": f"{median:.4f}",
             "spread": f"{(deciles[-1] - deciles[0]) / median:.3f}",
             "tflops": f"{work / median / 1e9:.1f}",
-            "shapes_right": right.get(int(name), "") if name.isdigit() else "",
+            "shapes_right": right.get(name, ""),
         }
 
 
@@ -353,30 +369,28 @@ def show(table: list[dict], title: str, seqlen: int) -> None:
     """The ladder: rows of results.csv, with bars."""
     table = [row for row in table if int(row["seqlen"]) == seqlen]
     speed = {row["step"]: float(row["tflops"]) for row in table}
-    names = {str(step.number): step.name for step in steps()}
+    names = {step.key: f"{step.number:2} {step.name}" for step in steps()}
     print(f"\n{title}; {seqlen} tokens, 16 heads of 128, bfloat16\n")
     print(f"{'step':32}{'TFLOP/s':>8}{'of matmul':>11}{'x before':>10}  {'right':9}")
     most = max(speed.values(), default=1)
     before = None
     for row in table:
         name, of = row["step"], speed.get("matmul")
-        label = f"{int(name):2} {names.get(name, '')}" if name.isdigit() else f"   {name}"
+        label = names.get(name) or "   " + COMPARED.get(name, name)
         share = f"{speed[name] / of:.0%}" if of and name != "matmul" else ""
-        gain = f"{speed[name] / speed[before]:.2f}" if name.isdigit() and before else ""
+        gain = f"{speed[name] / speed[before]:.2f}" if name in names and before else ""
         bar = "█" * max(1, round(36 * speed[name] / most))
-        print(f"{label:32}{speed[name]:8.0f}{share:>11}{gain:>10}  {row['shapes_right']:9} {bar}")
-        before = name if name.isdigit() else before
+        print(f"{label:32}{tflops(speed[name]):>8}{share:>11}{gain:>10}  {row['shapes_right']:9} {bar}")
+        before = name if name in names else before
 
 
 def show_recorded() -> None:
     if not RESULTS.exists():
         print("\nNo speeds are recorded yet (learn/results.csv).")
         return
-    recorded = list(csv.DictReader(RESULTS.open()))
-    last = max(row["date"] for row in recorded)
-    commit = next(row["commit"] for row in recorded if row["date"] == last)
-    table = [row for row in recorded if row["commit"] == commit]
-    show(table, f"Recorded {last[:10]} on {table[0]['gpu']}, commit {commit}", TIMED[0][1])
+    table = newest()
+    title = f"Recorded {table[0]['date'][:10]} on {table[0]['gpu']}, commit {table[0]['commit']}"
+    show(table, title, TIMED[0][1])
 
 
 def facts(step: Step, arch: str) -> dict[str, int]:
@@ -392,6 +406,68 @@ def show_resources(ladder: list[Step], gpu: str | None) -> None:
         if arch and (found := facts(step, arch)):
             registers, stack, shared = found["registers"], found["stack"], found["shared_memory"] / 1024
             print(f"{step.number:2} {step.name:29}{arch:>8}{registers:11}{stack:7}{shared:12.0f} KB")
+
+
+def newest() -> list[dict]:
+    """The rows of the last recorded run."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open() as file:
+        recorded = list(csv.DictReader(file))
+    last = max(recorded, key=lambda row: row["date"])
+    return [row for row in recorded if row["commit"] == last["commit"]]
+
+
+def tflops(speed: float) -> str:
+    return f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}"
+
+
+def measured(step: Step, table: list[dict]) -> str:
+    """What a step's page says of its speed."""
+    speed = {(row["step"], int(row["seqlen"])): float(row["tflops"]) for row in table}
+    name, longest = step.key, TIMED[0][1]
+    before = next((s.key for s in steps() if s.number == step.number - 1), ""), longest
+    if (name, longest) not in speed:
+        return "**Measured.** not yet"
+    parts = []
+    for _, seqlen, _ in TIMED:
+        if (name, seqlen) in speed:
+            parts.append(f"{tflops(speed[name, seqlen])} TFLOP/s at {seqlen:,} tokens")
+    text = "**Measured.** " + ", ".join(parts)
+    if before in speed:
+        text += f"; at {longest:,} {speed[name, longest] / speed[before]:.3g} times step {step.number - 1}"
+    if step.causal:
+        text += " (which computes the whole matrix, and is counted as such)"
+    right = next(row["shapes_right"] for row in table if row["step"] == name)
+    return text + f". Right on {right} shapes. {table[0]['gpu']}, commit {table[0]['commit']}."
+
+
+def ladder_table(table: list[dict]) -> str:
+    """The table of README.md."""
+    speed = {row["step"]: row for row in table if int(row["seqlen"]) == TIMED[0][1]}
+    lines = [f"| step | lines added | TFLOP/s at {TIMED[0][1]:,} tokens |", "|---|---|---|"]
+    ladder = steps()
+    for old, step in zip([None, *ladder], ladder, strict=False):
+        added = added_lines(old.path, step.path) if old else len(step.path.read_text().splitlines())
+        name, row = step.name, speed.get(step.key)
+        found = tflops(float(row["tflops"])) if row else "not measured yet"
+        lines.append(f"| [{step.number} {name}]({step.path.stem}.md) | {added} | {found} |")
+    for name, what in COMPARED.items():
+        if name in speed:
+            lines.append(f"| {what} | | {float(speed[name]['tflops']):.0f} |")
+    return "\n".join(lines)
+
+
+def texts() -> dict[Path, str]:
+    """The pages, with what was measured filled in."""
+    table, pages = newest(), {}
+    for step in steps():
+        page = step.path.with_suffix(".md")
+        pages[page] = re.sub(r"\*\*Measured\.\*\*.*", lambda _, s=step: measured(s, table), page.read_text())
+    readme = HERE / "README.md"
+    between = f"<!-- ladder -->\n{ladder_table(table)}\n<!-- end -->"
+    pages[readme] = re.sub(r"(?s)<!-- ladder -->.*<!-- end -->", lambda _: between, readme.read_text())
+    return pages
 
 
 def added_lines(old: Path, new: Path) -> int:
@@ -413,7 +489,7 @@ def show_diff(old: Step, new: Step) -> None:
 def on_gpu(ladder: list[Step], gpu: str, commit: str | None, beside: str | None) -> None:
     ladder = [step for step in ladder if runs_on(step, gpu)]
     compile_all([(step, gpu) for step in ladder if step.arch])
-    functions = {step.number: load(step, gpu) for step in ladder}
+    functions = {step.key: load(step, gpu) for step in ladder}
     show_resources(ladder, gpu)
     right = count_right(ladder, functions, "cuda", SHAPES)
     table = []
@@ -434,13 +510,13 @@ def on_gpu(ladder: list[Step], gpu: str, commit: str | None, beside: str | None)
 def on_cpu(ladder: list[Step]) -> None:
     print("There is no GPU here: the PyTorch steps run on the CPU, the others are compiled.\n")
     here = [step for step in ladder if step.arch is None]
-    functions = {step.number: load(step, None) for step in here}
+    functions = {step.key: load(step, None) for step in here}
     q, k, v = inputs(1, 512, 512, 2, 0, "cpu")
-    for number, right in count_right(here, functions, "cpu", SHAPES[:6]).items():
+    for name, right in count_right(here, functions, "cpu", SHAPES[:6]).items():
         start = time.perf_counter()
-        functions[number](q, k, v)
+        functions[name](q, k, v)
         ms = 1e3 * (time.perf_counter() - start)
-        print(f"step {number}: right in {right} shapes; {ms:.0f} ms for 512 tokens, 2 heads")
+        print(f"{name}: right in {right} shapes; {ms:.0f} ms for 512 tokens, 2 heads")
     if importlib.util.find_spec("cutlass") is None:
         print("CuTe DSL is not here, so no step is compiled: pip install 'nvidia-cutlass-dsl[cu13]'")
     else:
@@ -460,8 +536,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--beside", metavar="MODULE:FUNCTION", help="f(q, k, v, causal=) to time in the same turns"
     )
+    parser.add_argument("--texts", action="store_true", help="fill what was recorded into the pages")
     options = parser.parse_args(words)
     ladder, gpu = steps(), gpu_arch()
+    if options.texts:
+        for page, text in texts().items():
+            page.write_text(text)
+        return
     if options.diff:
         numbered = {step.number: step for step in ladder}
         return show_diff(*(numbered[n] for n in options.diff))

@@ -106,6 +106,39 @@ def test_the_formula_is_pytorchs() -> None:
         torch.testing.assert_close(ours, theirs.transpose(1, 2))
 
 
+def branch(name: str):
+    return run.imported(STEPS[0]._replace(path=LEARN / f"{name}.py"))
+
+
+def test_backward_formulas() -> None:
+    backward = branch("backward_formulas")
+    q, k, v, dO = (torch.randn(2, s, 3, 64, dtype=torch.float64) for s in (150, 300, 300, 150))
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(run.formula(*inputs, False, torch.float64), inputs, dO)
+    O, lse = backward.forward(q, k, v)
+    for gradients in (backward.backward_formula(q, k, v, dO), backward.backward_tiles(q, k, v, O, lse, dO)):
+        for got, ref in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(got.double(), ref, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 100])
+@pytest.mark.parametrize("heads_k", [1, 2, 4])
+def test_decode_splits(splits: int, heads_k: int) -> None:
+    q, k, v = torch.randn(2, 3, 4, 64), *torch.randn(2, 2, 100, heads_k, 64)
+    k = k * torch.linspace(1, 40, 100)[:, None, None]  # splits whose scores differ by much
+    repeated = [x.repeat_interleave(4 // heads_k, dim=2) for x in (k, v)]
+    expected = run.formula(q, *repeated, False, torch.float64)
+    torch.testing.assert_close(
+        branch("decode_splits").attention(q, k, v, splits), expected.float(), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_num_splits() -> None:
+    num_splits = branch("decode_splits").num_splits
+    assert num_splits(1, 8, 32768) == 16 and num_splits(1, 8, 1000) == 7
+    assert num_splits(200, 8, 32768) == num_splits(1, 1, 5) == 1
+
+
 @needs_compiler
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("step", one_for_every_run(CUTE, 8))
@@ -171,7 +204,7 @@ def test_on_a_gpu(step: run.Step, gpu: torch.device) -> None:
     if not run.runs_on(step, arch):
         pytest.skip(f"step {step.number} does not run on {arch}")
     run.compile_all([(step, arch)])
-    right = run.count_right([step], {step.number: run.load(step, arch)}, "cuda", run.SHAPES)[step.number]
+    right = run.count_right([step], {step.key: run.load(step, arch)}, "cuda", run.SHAPES)[step.key]
     count, checked = map(int, right.split(" / "))
     assert count == checked >= 20
 
@@ -186,9 +219,9 @@ def test_recorded_rows_are_shown(
         writer = csv.DictWriter(file, run.FIELDS.split(","))
         writer.writeheader()
         for commit, step, tflops in (
-            ("old", 1, 999),
-            ("new", 1, 50),
-            ("new", 2, 100),
+            ("old", "formula", 999),
+            ("new", "formula", 50),
+            ("new", "tiles", 100),
             ("new", "matmul", 400),
         ):
             date = "2026-01-02" if commit == "new" else "2026-01-01"
@@ -200,6 +233,19 @@ def test_recorded_rows_are_shown(
 
 
 def test_diff(capsys: pytest.CaptureFixture) -> None:
-    run.main(["--diff", "9", "10"])
+    run.main(["--diff", "8", "9"])
     printed = capsys.readouterr().out
     assert "+def my_turn(wg):" in printed and "lines added" in printed
+
+
+def test_pages_say_what_was_recorded() -> None:
+    for page, text in run.texts().items():
+        assert page.read_text() == text, f"python learn/run.py --texts would change {page.name}"
+
+
+def test_measured_is_of_the_results() -> None:
+    row = {"gpu": "some GPU", "commit": "abc", "seqlen": "16384", "shapes_right": "26 / 26"}
+    table = [row | {"step": "wgmma", "tflops": "400.0"}, row | {"step": "overlap", "tflops": "600.0"}]
+    text = run.measured(STEPS[7], table)
+    assert "600 TFLOP/s at 16,384 tokens" in text and "1.5 times step 7" in text and "abc" in text
+    assert run.measured(STEPS[8], table) == "**Measured.** not yet"

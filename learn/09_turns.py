@@ -1,4 +1,4 @@
-"""Step 10: turns. The warpgroups issue their products in turns, so that their softmaxes alternate too.
+"""Step 9: turns. The warpgroups issue their products in turns, so that their softmaxes alternate too.
 
 Left to themselves both WGs may wait for the tensor cores, and then both compute exponentials. A named
 barrier for each WG says whose turn it is: the products of one run under the softmax of the other. q, k, v,
@@ -154,11 +154,11 @@ def softmax(acc_S: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor, alph
     """The online softmax: acc_S <- P; maximum and sum follow. O is to be multiplied by alpha."""
     S = rows_cols(acc_S)
     for r in cutlass.range_constexpr(cute.size(row_max)):
-        s = S[r, None].load() * SCALE_LOG2
+        s = S[r, None].load()
         block_max = s.reduce(cute.ReductionOp.MAX, row_max[r], 0)
         new_max = cute.arch.warp_reduction_max(block_max, threads_in_group=4)  # of the quad: the whole row
-        alpha[r] = cute.math.exp2(row_max[r] - new_max, fastmath=True)
-        p = cute.math.exp2(s - new_max, fastmath=True)
+        alpha[r] = cute.math.exp2((row_max[r] - new_max) * SCALE_LOG2, fastmath=True)
+        p = cute.math.exp2(s * SCALE_LOG2 - new_max * SCALE_LOG2, fastmath=True)
         S[r, None].store(p)
         row_max[r] = new_max
         row_sum[r] = row_sum[r] * alpha[r] + p.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
@@ -174,4 +174,4 @@ def rescale(acc_O: cute.Tensor, alpha: cute.Tensor):
 if __name__ == "__main__":
     import run
 
-    run.main(["--step", "10"])
+    run.main(["--step", "9"])

@@ -1,14 +1,18 @@
-"""Step 12: persistent thread blocks. One for each SM draws tile after tile.
+"""Step 13: causal. A query sees the keys up to its own: half of the blocks, and an order that ends evenly.
 
-While the consumers end a tile and store O, the next tile's Q (it has two slots), K and V arrive; no thread
-block starts or ends. The producer draws the number of a tile from a counter and tells the consumers through
-shared memory. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+Tiles differ in length now: the longest come first, so that the last ones, which some SMs do while others
+have nothing left, are short. Heads are walked in swaths, so that K and V of those that are worked on stay
+in the L2 cache. Keys are walked from the diagonal to the left: only a tile's first block needs a mask. q,
+k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128, no more queries than keys; the last
+query sees the last key.
 """
+
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from helpers import (
     SCALE_LOG2,
@@ -26,12 +30,14 @@ from helpers import (
     make_ring,
     make_tma,
     make_wgmma,
+    normalise,
     read_tile,
     release,
     rows_cols,
-    store,
+    store_tma,
     tile_layout,
     transposed,
+    wait_for_store,
     wgmma,
 )
 
@@ -53,18 +59,22 @@ def launch(mQ, mK, mV, mO, counter: cute.Tensor, num_sms: Int32, stream):
     op = cpasync.CopyBulkTensorTileG2SOp()
     q = make_tma(op, mQ, tile_layout(TILE_M), TILE_M)
     k, v = (make_tma(op, mX, tile_layout(TILE_N), TILE_N) for mX in (mK, mV))
-    qk, pv = make_wgmma(WGS, TILE_N, False, False), make_wgmma(WGS, D, True, True)
-    grid = (cutlass.min(num_sms, mO.shape[1] // TILE_M * mO.shape[2] * mO.shape[0]), 1, 1)
-    kernel(q, k, v, mO, counter, qk, pv).launch(
+    qk, pv = make_wgmma(WGS, TILE_N, True, False), make_wgmma(WGS, D, True, True)
+    o = make_tma(cpasync.CopyBulkTensorTileS2GOp(), mO, tile_layout(16), 16)
+    m_blocks, pairs = mO.shape[1] // TILE_M, mO.shape[2] * mO.shape[0]  # pairs: (batch, head)
+    most = cutlass.max(1, cutlass.min(32, 4 * num_sms // m_blocks))  # 4 tiles an SM even out the last swath
+    swath = cute.ceil_div(pairs, cute.ceil_div(pairs, most))  # all of one size, nearly
+    grid = (cutlass.min(num_sms, m_blocks * pairs), 1, 1)
+    kernel(q, k, v, o, counter, swath, qk, pv).launch(
         grid=grid, block=(THREADS, 1, 1), min_blocks_per_mp=1, stream=stream
     )
 
 
 @cute.kernel
-def kernel(q: Tma, k: Tma, v: Tma, mO, counter, qk: cute.TiledMma, pv: cute.TiledMma):
+def kernel(q: Tma, k: Tma, v: Tma, o: Tma, counter, swath, qk: cute.TiledMma, pv: cute.TiledMma):
     warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     smem = SmemAllocator()
-    sQ = allocate(smem, tile_layout(TILE_M, Q_STAGES))  # (tile_m, d, q_stages)
+    sQ = allocate(smem, tile_layout(TILE_M, Q_STAGES))  # (tile_m, d, q_stages), later O
     sK = allocate(smem, tile_layout(TILE_N, STAGES))  # (tile_n, d, stages)
     sV = allocate(smem, tile_layout(TILE_N, STAGES))  # (tile_n, d, stages)
     sTile = smem.allocate_tensor(Int32, cute.make_layout(Q_STAGES), 16)  # whose Q is in the slot; -1: the end
@@ -73,73 +83,102 @@ def kernel(q: Tma, k: Tma, v: Tma, mO, counter, qk: cute.TiledMma, pv: cute.Tile
         with cute.arch.elect_one():
             init_rings(rings, 4 * WGS)
     cute.arch.barrier()  # the mbarriers are there
-    blocks = cute.ceil_div(k.tensor.shape[0], TILE_N)
+    walk = Walk(q.tensor.shape[0] // TILE_M, k.tensor.shape[0] // TILE_N, *q.tensor.shape[2:], swath)
     if warp_idx < 4:
         cute.arch.setmaxregister_decrease(24)  # registers are handed out by WG: the consumers need them
         if warp_idx == 0:
-            produce(q, k, v, counter, sQ, sK, sV, sTile, rings, blocks)
+            produce(q, k, v, counter, sQ, sK, sV, sTile, rings, walk)
     else:
         cute.arch.setmaxregister_increase(240)
-        consume(mO, qk, pv, sQ, sK, sV, sTile, rings, blocks)
+        consume(o, qk, pv, sQ, sK, sV, sTile, rings, walk)
+
+
+class Walk(NamedTuple):
+    """The order of tiles, and of a tile's key blocks."""
+
+    m_blocks: Int32
+    n_blocks: Int32
+    heads: Int32
+    batch: Int32
+    swath: Int32  # (batch, head) pairs that are walked together
+
+    def tiles(self):
+        return self.m_blocks * self.heads * self.batch
+
+    def blocks(self, m_block):
+        """How many key blocks a tile visits; the last of them is the diagonal one."""
+        return m_block + 1 + self.n_blocks - self.m_blocks
 
 
 @cute.jit
-def coords(number: Int32, m_blocks: Int32, heads: Int32):
-    """The number of a tile -> (m_block, head, batch)."""
-    return number % m_blocks, number // m_blocks % heads, number // m_blocks // heads
+def coords(number: Int32, w: Walk):
+    """The number of a tile -> (m_block, head, batch): swath by swath, in each the longest tiles first."""
+    s = number // (w.swath * w.m_blocks)
+    width = cutlass.min(w.swath, w.heads * w.batch - s * w.swath)  # the last swath may be narrower
+    rest = number - s * w.swath * w.m_blocks
+    pair = s * w.swath + rest % width
+    return w.m_blocks - 1 - rest // width, pair % w.heads, pair // w.heads
 
 
 @cute.jit
-def produce(q: Tma, k: Tma, v: Tma, counter: cute.Tensor, sQ, sK, sV, sTile, rings, blocks):
+def produce(q: Tma, k: Tma, v: Tma, counter: cute.Tensor, sQ, sK, sV, sTile, rings, walk):
     """The producer warp. t counts tiles, it key blocks: they number the uses of the rings."""
     q_ring, k_ring, v_ring = rings
     t, it, number = Int32(0), Int32(0), cute.arch.block_idx()[0]
-    m_blocks, heads = q.tensor.shape[0] // TILE_M, q.tensor.shape[2]
-    while number < m_blocks * heads * q.tensor.shape[3]:
-        m_block, head, batch = coords(number, m_blocks, heads)
+    while number < walk.tiles():
+        m_block, head, batch = coords(number, walk)
         announce(sTile, q_ring, t, number)
         load(q, m_block, head, batch, sQ, q_ring, t)
-        number = cute.arch.grid_dim()[0] + draw(counter)
-        for n in cutlass.range(blocks, unroll=1):
+        drawn = draw(counter)
+        blocks = walk.blocks(m_block)
+        for i in cutlass.range(blocks, unroll=1):
+            n = blocks - 1 - i
             load(k, n, head, batch, sK, k_ring, it)
             load(v, n, head, batch, sV, v_ring, it)
             it += 1
+        number = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(drawn, 0)
         t += 1
     announce(sTile, q_ring, t, Int32(-1))
     finish_drawing(counter)
 
 
 @cute.jit
-def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, sTile, rings, blocks):
+def consume(o: Tma, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, sTile, rings, walk):
     """A consumer warp."""
     q_ring, k_ring, v_ring = rings
     tidx = cute.arch.thread_idx()[0] - 128
     wg = cute.arch.make_warp_uniform(tidx // 128)
     wg_qk, wg_pv = qk.get_slice(wg * 128), pv.get_slice(wg * 128)
-    tSrQ = wg_qk.make_fragment_A(wg_qk.partition_A(sQ))  # descriptors: where the operands lie
-    tSrK = wg_qk.make_fragment_B(wg_qk.partition_B(sK))
+    Q = wg_qk.make_fragment_A(wg_qk.partition_shape_A((TILE_M, D)))  # registers
+    tSrK = wg_qk.make_fragment_B(wg_qk.partition_B(sK))  # descriptors: where the operands lie
     tOrV = wg_pv.make_fragment_B(wg_pv.partition_B(transposed(sV)))
     acc_S = cute.make_rmem_tensor(wg_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
     acc_O = cute.make_rmem_tensor(wg_pv.partition_shape_C((TILE_M, D)), Float32)
     offset, row_sum, sums = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, BFloat16)
+    rc = qk.get_slice(tidx).partition_C(cute.make_identity_tensor((TILE_M, TILE_N)))  # (row, column)
     if wg == 1:
         next_turn(wg)  # WG 0 begins
     t, it = Int32(0), Int32(0)  # tiles and key blocks so far: they number the uses of the rings
     number = read_tile(sTile, q_ring, t)
+    load_Q(sQ[None, None, 0], Q, qk, tidx)
+    k_ring.wait_full(it)
+    wgmma(qk, acc_S, Q, tSrK[None, None, None, 0], False)
+    warpgroup.wait_group(0)  # the first tile's first S is there
+    release(k_ring, it)
     while number >= 0:
         acc_O.fill(0.0)
+        m_block, head, batch = coords(number, walk)
+        mask(acc_S, rc)
         offset.fill(-Float32.inf)
         row_sum.fill(0.0)
-        Q = tSrQ[None, None, None, q_ring.slot(t)]
-        k_ring.wait_full(it)
-        wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it)], False)
-        warpgroup.wait_group(0)  # S is there
-        release(k_ring, it)
         renew(acc_S, acc_O, offset, row_sum)
         exponentials(acc_S, offset, row_sum)
         convert(as_operand_A(acc_S), P)
-        for _ in cutlass.range(1, blocks, unroll=1):
+        if t > 0:
+            wait_for_store()
+            release(q_ring, t - 1)  # O has left the slot: the next Q may come
+        for _ in cutlass.range(1, walk.blocks(m_block), unroll=1):
             k_ring.wait_full(it + 1)
             my_turn(wg)
             wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it + 1)], False)
@@ -164,18 +203,40 @@ def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, s
                 row_sum[r] = row_sum[r] + sums[r]
             convert(as_operand_A(acc_S), P)
             it += 1
-        release(q_ring, t)  # all S of the tile are there: the next Q may come
+        number_next = read_tile(sTile, q_ring, t + 1)
+        load_Q(sQ[None, None, q_ring.slot(t + 1)], Q, qk, tidx)
+        if number_next >= 0:
+            k_ring.wait_full(it + 1)
         v_ring.wait_full(it)
         my_turn(wg)
+        wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it + 1)], False)  # after the last tile: unused
         wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
         next_turn(wg)
-        warpgroup.wait_group(0)  # O is complete
+        warpgroup.wait_group(0)  # O is complete, and the next tile's first S there
+        release(k_ring, it + 1)
         release(v_ring, it)
-        m_block, head, batch = coords(number, mO.shape[1] // TILE_M, mO.shape[2])
-        gO = cute.local_tile(mO[batch, None, head, None], (TILE_M, D), (m_block, 0))  # (tile_m, d)
-        store(acc_O, row_sum, pv.get_slice(tidx).partition_C(gO))
-        t, it = t + 1, it + 1
-        number = read_tile(sTile, q_ring, t)
+        O, sO = normalise(acc_O, row_sum), sQ[None, None, q_ring.slot(t)]
+        store_tma(O, sO, o, pv, tidx, m_block, head, batch)
+        t, it, number = t + 1, it + 1, number_next
+    wait_for_store()  # else shared memory would be gone before O has left it
+
+
+@cute.jit
+def mask(acc_S: cute.Tensor, rc: cute.Tensor):
+    """-inf to the right of the diagonal; rc: (row, column) of each element of a block as high as wide."""
+    S, rc = rows_cols(acc_S), rows_cols(rc)
+    for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+        limit = rc[r, 0][0] - rc[0, 0][1]  # a column's distance from the first is known to the compiler
+        for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+            S[r, c] = S[r, c] if (c // 2) * 8 + c % 2 <= limit else -Float32.inf
+
+
+@cute.jit
+def load_Q(sQ: cute.Tensor, Q: cute.Tensor, qk: cute.TiledMma, tidx):
+    """This warp's rows of Q, from shared memory to registers."""
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), BFloat16)
+    thr_load = cute.make_tiled_copy_A(atom, qk).get_slice(tidx)
+    cute.copy(atom, thr_load.partition_S(sQ), thr_load.retile(Q))
 
 
 @cute.jit
@@ -220,4 +281,4 @@ def renew(acc_S: cute.Tensor, acc_O: cute.Tensor, offset: cute.Tensor, row_sum: 
 if __name__ == "__main__":
     import run
 
-    run.main(["--step", "12"])
+    run.main(["--step", "13"])

@@ -1,8 +1,9 @@
-"""Step 9: two products in flight. P·V of one block runs while the exponentials of the next are computed.
+"""Step 10: no maximum. A row keeps the offset of its first block for as long as its sums stay in range.
 
-Q·Kᵀ of block n is issued together with P·V of block n - 1. When the first is done, the softmax of block n
-begins; the second runs on underneath. O can be rescaled only when it is done, so the softmax now hands out
-the factors. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+O = Σ P·V / Σ P with P = exp2(s - offset): the offset cancels, any value is exact. It only keeps P from
+overflowing, and the sums, which are taken anyway, tell whether it does. If one is too large, S is computed
+again from the K that still lies in its slot, with the maximum as the new offset: the online softmax of the
+steps before, now the exception. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
 """
 
 import cutlass
@@ -14,6 +15,7 @@ from helpers import (
     SCALE_LOG2,
     D,
     Tma,
+    all_true,
     allocate,
     as_operand_A,
     convert,
@@ -35,6 +37,8 @@ WGS = 2  # consumer warpgroups; one more WG holds the producer warp
 THREADS = 128 * (1 + WGS)
 TILE_M = 64 * WGS  # query rows of a thread block: 64 for each consumer WG
 TILE_N = 128  # keys of a block
+TURN, VOTE = 1, 3  # named barriers of each WG: it may issue its products; its threads agree
+LIMIT = 2.0**60  # sums of P up to this are in range: far below bfloat16's and float32's largest value
 STAGES = 2  # slots of shared memory for K, and for V
 SHARED_MEMORY = 2 * D * (TILE_M + 2 * STAGES * TILE_N)  # bytes; the mbarriers come on top
 
@@ -96,11 +100,12 @@ def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, r
     acc_S = cute.make_rmem_tensor(wg_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
     acc_O = cute.make_rmem_tensor(wg_pv.partition_shape_C((TILE_M, D)), Float32)
     acc_O.fill(0.0)
-    row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-    row_max.fill(-Float32.inf)
+    offset, row_sum, sums = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
+    offset.fill(-Float32.inf)
     row_sum.fill(0.0)
-    alpha = cute.make_rmem_tensor(2, Float32)
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, BFloat16)
+    if wg == 1:
+        next_turn(wg)  # WG 0 begins
     Q = tSrQ[None, None, None, 0]
     it = Int32(0)  # counts key blocks: the uses of the rings
     q_ring.wait_full(Int32(0))
@@ -108,51 +113,83 @@ def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, r
     wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it)], False)
     warpgroup.wait_group(0)  # S is there
     release(k_ring, it)
-    softmax(acc_S, row_max, row_sum, alpha)
+    renew(acc_S, acc_O, offset, row_sum)
+    exponentials(acc_S, offset, row_sum)
     convert(as_operand_A(acc_S), P)
     for _ in cutlass.range(1, blocks, unroll=1):
         k_ring.wait_full(it + 1)
+        my_turn(wg)
         wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it + 1)], False)
         v_ring.wait_full(it)
         wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
+        next_turn(wg)
         warpgroup.wait_group(1)  # S is there; P·V runs on
-        release(k_ring, it + 1)
-        softmax(acc_S, row_max, row_sum, alpha)
+        sums.fill(0.0)
+        exponentials(acc_S, offset, sums)
+        # The WG must agree: it can only compute S again as a whole.
+        steady = all_true(cute.arch.fmax(sums[0], sums[1], nan=True) < LIMIT, VOTE + wg)
         warpgroup.wait_group(0)  # O may be rescaled, P overwritten
+        if not steady:
+            wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it + 1)], False)
+            warpgroup.wait_group(0)  # S is there once more
+            sums.fill(0.0)
+            renew(acc_S, acc_O, offset, row_sum)
+            exponentials(acc_S, offset, sums)
+        release(k_ring, it + 1)  # not earlier: S may be needed once more
         release(v_ring, it)
-        rescale(acc_O, alpha)
+        for r in cutlass.range_constexpr(2):
+            row_sum[r] = row_sum[r] + sums[r]
         convert(as_operand_A(acc_S), P)
         it += 1
     v_ring.wait_full(it)
+    my_turn(wg)
     wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
+    next_turn(wg)
     warpgroup.wait_group(0)  # O is complete
     gO = cute.local_tile(mO[batch, None, head, None], (TILE_M, D), (m_block, 0))  # (tile_m, d)
     store(acc_O, row_sum, pv.get_slice(tidx).partition_C(gO))
 
 
 @cute.jit
-def softmax(acc_S: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor, alpha: cute.Tensor):
-    """The online softmax: acc_S <- P; maximum and sum follow. O is to be multiplied by alpha."""
-    S = rows_cols(acc_S)
-    for r in cutlass.range_constexpr(cute.size(row_max)):
-        s = S[r, None].load() * SCALE_LOG2
-        block_max = s.reduce(cute.ReductionOp.MAX, row_max[r], 0)
-        new_max = cute.arch.warp_reduction_max(block_max, threads_in_group=4)  # of the quad: the whole row
-        alpha[r] = cute.math.exp2(row_max[r] - new_max, fastmath=True)
-        p = cute.math.exp2(s - new_max, fastmath=True)
-        S[r, None].store(p)
-        row_max[r] = new_max
-        row_sum[r] = row_sum[r] * alpha[r] + p.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+def my_turn(wg):
+    """Wait until the other WG has issued its products. Protects no data; both take equally many turns."""
+    cute.arch.barrier(barrier_id=TURN + wg, number_of_threads=256)  # 128 that wait, 128 that arrive
 
 
 @cute.jit
-def rescale(acc_O: cute.Tensor, alpha: cute.Tensor):
-    O = rows_cols(acc_O)
-    for r in cutlass.range_constexpr(cute.size(alpha)):
-        O[r, None].store(O[r, None].load() * alpha[r])
+def next_turn(wg):
+    """Let the other WG issue its products. The arrival of the last turn is left over."""
+    cute.arch.barrier_arrive(barrier_id=TURN + 1 - wg, number_of_threads=256)
+
+
+@cute.jit
+def exponentials(acc_S: cute.Tensor, offset: cute.Tensor, sums: cute.Tensor):
+    """acc_S <- P, with the offsets as they are; sums (of this thread's columns) grow by P."""
+    S = rows_cols(acc_S)
+    for r in cutlass.range_constexpr(cute.size(offset)):
+        for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+            S[r, c] = cute.math.exp2(S[r, c] * SCALE_LOG2 - offset[r], fastmath=True)
+        even, odd = sums[r] + S[r, 0], S[r, 1]
+        for c in cutlass.range_constexpr(2, cute.size(S, mode=[1]), 2):
+            even, odd = even + S[r, c], odd + S[r, c + 1]
+        sums[r] = even + odd
+
+
+@cute.jit
+def renew(acc_S: cute.Tensor, acc_O: cute.Tensor, offset: cute.Tensor, row_sum: cute.Tensor):
+    """The offset becomes the maximum so far; O and the sum are rescaled."""
+    S, O = rows_cols(acc_S), rows_cols(acc_O)
+    for r in cutlass.range_constexpr(cute.size(offset)):
+        block_max = S[r, None].load().reduce(cute.ReductionOp.MAX, -Float32.inf, 0)
+        block_max = cute.arch.warp_reduction_max(block_max, threads_in_group=4)  # of the quad: the whole row
+        new = cute.arch.fmax(offset[r], block_max * SCALE_LOG2)
+        alpha = cute.math.exp2(offset[r] - new, fastmath=True)
+        O[r, None].store(O[r, None].load() * alpha)
+        row_sum[r] = row_sum[r] * alpha
+        offset[r] = new
 
 
 if __name__ == "__main__":
     import run
 
-    run.main(["--step", "9"])
+    run.main(["--step", "10"])

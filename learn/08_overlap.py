@@ -1,8 +1,7 @@
-"""Step 8: roles. A producer warp does nothing but ask for copies; two warpgroups (WGs) consume.
+"""Step 8: a producer warp asks for copies; two warpgroups (WGs) have a product under their softmax.
 
-K and V have rings of two slots each; the producer runs ahead as far as slots are empty. One WG's products
-run while the other computes exponentials, and `setmaxregister` gives the consumers the registers that a
-producer does not need. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
+Q·Kᵀ of block n is issued together with P·V of block n - 1: when the first is done, the softmax of block n
+begins, and the second runs on. q, k, v, o: (batch, seqlen, heads, 128) bfloat16, lengths multiples of 128.
 """
 
 import cutlass
@@ -99,37 +98,57 @@ def consume(mO: cute.Tensor, qk: cute.TiledMma, pv: cute.TiledMma, sQ, sK, sV, r
     row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
     row_max.fill(-Float32.inf)
     row_sum.fill(0.0)
+    alpha = cute.make_rmem_tensor(2, Float32)
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, BFloat16)
+    Q = tSrQ[None, None, None, 0]
+    it = Int32(0)  # counts key blocks: the uses of the rings
     q_ring.wait_full(Int32(0))
-    for n in cutlass.range(blocks, unroll=1):
-        k_ring.wait_full(n)
-        wgmma(qk, acc_S, tSrQ[None, None, None, 0], tSrK[None, None, None, n % STAGES], False)
-        warpgroup.wait_group(0)  # S is there
-        release(k_ring, n)
-        softmax(acc_S, acc_O, row_max, row_sum)
-        convert(as_operand_A(acc_S), P)
-        v_ring.wait_full(n)
-        wgmma(pv, acc_O, P, tOrV[None, None, None, n % STAGES], True)
+    k_ring.wait_full(it)
+    wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it)], False)
+    warpgroup.wait_group(0)  # S is there
+    release(k_ring, it)
+    softmax(acc_S, row_max, row_sum, alpha)
+    convert(as_operand_A(acc_S), P)
+    for _ in cutlass.range(1, blocks, unroll=1):
+        k_ring.wait_full(it + 1)
+        wgmma(qk, acc_S, Q, tSrK[None, None, None, k_ring.slot(it + 1)], False)
+        v_ring.wait_full(it)
+        wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
+        warpgroup.wait_group(1)  # S is there; P·V runs on
+        release(k_ring, it + 1)
+        softmax(acc_S, row_max, row_sum, alpha)
         warpgroup.wait_group(0)  # O may be rescaled, P overwritten
-        release(v_ring, n)
+        release(v_ring, it)
+        rescale(acc_O, alpha)
+        convert(as_operand_A(acc_S), P)
+        it += 1
+    v_ring.wait_full(it)
+    wgmma(pv, acc_O, P, tOrV[None, None, None, v_ring.slot(it)], True)
+    warpgroup.wait_group(0)  # O is complete
     gO = cute.local_tile(mO[batch, None, head, None], (TILE_M, D), (m_block, 0))  # (tile_m, d)
     store(acc_O, row_sum, pv.get_slice(tidx).partition_C(gO))
 
 
 @cute.jit
-def softmax(acc_S: cute.Tensor, acc_O: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor):
-    """The online softmax: acc_S <- P; the maximum, O and the sum (of this thread's columns) follow."""
-    S, O = rows_cols(acc_S), rows_cols(acc_O)
+def softmax(acc_S: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor, alpha: cute.Tensor):
+    """The online softmax: acc_S <- P; maximum and sum follow. O is to be multiplied by alpha."""
+    S = rows_cols(acc_S)
     for r in cutlass.range_constexpr(cute.size(row_max)):
-        s = S[r, None].load() * SCALE_LOG2
+        s = S[r, None].load()
         block_max = s.reduce(cute.ReductionOp.MAX, row_max[r], 0)
         new_max = cute.arch.warp_reduction_max(block_max, threads_in_group=4)  # of the quad: the whole row
-        alpha = cute.math.exp2(row_max[r] - new_max, fastmath=True)
-        p = cute.math.exp2(s - new_max, fastmath=True)
+        alpha[r] = cute.math.exp2((row_max[r] - new_max) * SCALE_LOG2, fastmath=True)
+        p = cute.math.exp2(s * SCALE_LOG2 - new_max * SCALE_LOG2, fastmath=True)
         S[r, None].store(p)
-        O[r, None].store(O[r, None].load() * alpha)
         row_max[r] = new_max
-        row_sum[r] = row_sum[r] * alpha + p.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+        row_sum[r] = row_sum[r] * alpha[r] + p.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+
+
+@cute.jit
+def rescale(acc_O: cute.Tensor, alpha: cute.Tensor):
+    O = rows_cols(acc_O)
+    for r in cutlass.range_constexpr(cute.size(alpha)):
+        O[r, None].store(O[r, None].load() * alpha[r])
 
 
 if __name__ == "__main__":
