@@ -1,14 +1,14 @@
 """The attention functions, with the signatures and the semantics of flash_attn 2.x, and autograd."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention import backend, checks
+from mini_flash_attention import backend, checks, ops
+from mini_flash_attention.gpu import fast
 from mini_flash_attention.problem import (
     Inputs,
     Layout,
@@ -19,29 +19,8 @@ from mini_flash_attention.problem import (
 )
 
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
-_is_compiling = torch.compiler.is_compiling  # looked up once: every call asks
-
-
-def _graph_break(function: Callable[P, R]) -> Callable[P, R]:
-    """Make torch.compile call the function instead of tracing it, as torch.compiler.disable does.
-
-    That one as a decorator would nearly double the time of the import.
-    """
-
-    @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@_graph_break
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -97,11 +76,12 @@ def flash_attn_func(
             create_graph=True (there are no second derivatives).
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if fast.is_watched(q, k, v):
+        return ops.attention(q, k, v, ops.DENSE, options, None, return_attn_probs)
     problem, x = dense(q, k, v, options)
     return _attention(problem, x, None, return_attn_probs)
 
 
-@_graph_break
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -125,7 +105,6 @@ def flash_attn_qkvpacked_func(
     return flash_attn_func(q, k, v, *options, return_attn_probs)
 
 
-@_graph_break
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -151,7 +130,6 @@ def flash_attn_kvpacked_func(
     return flash_attn_func(q, k, v, *options, return_attn_probs)
 
 
-@_graph_break
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -216,12 +194,15 @@ def flash_attn_varlen_func(
         Else as `flash_attn_func`.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if fast.is_watched(q, k, v):
+        longest = None if isinstance(max_seqlen_q, Tensor) else max_seqlen_q
+        layout = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, longest)
+        return ops.attention(q, k, v, layout, options, out, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
     problem, x = varlen(q, k, v, lengths, options, out)
     return _attention(problem, x, out, return_attn_probs)
 
 
-@_graph_break
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -250,7 +231,6 @@ def flash_attn_varlen_qkvpacked_func(
     return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
 
 
-@_graph_break
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -281,7 +261,6 @@ def flash_attn_varlen_kvpacked_func(
     return flash_attn_varlen_func(q, k, v, *lengths, *options, return_attn_probs)
 
 
-@_graph_break
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -353,8 +332,11 @@ def flash_attn_with_kvcache(
     options = (0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     new = (k, v, rotary_cos, rotary_sin, rotary_interleaved)
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
-    problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
-    out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
+    if fast.is_watched(q, k_cache, v_cache):
+        out, lse = ops.cached(q, k_cache, v_cache, new, places, options, num_splits)
+    else:
+        problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
+        out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -405,7 +387,12 @@ class Attention(torch.autograd.Function):
         x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
         if dout is None:
             dout = torch.zeros_like(out)
-        return None, *backend.backward(ctx.problem, x, out, lse, dout, dlse), None, None, None
+        run = (
+            ops.run_backward
+            if fast.is_watched(dout, out, dout if dlse is None else dlse)
+            else backend.backward
+        )
+        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:
@@ -421,6 +408,5 @@ def _draw_seed(device: torch.device) -> int | Tensor:
     """Of 63 bits. A GPU's is drawn by its own generator and stays there, (1) int64: nothing waits for it, and
     a captured graph draws anew in each replay.
     """
-    if device.type == "cuda":
-        return torch.empty(1, dtype=torch.int64, device=device).random_()
-    return torch.randint(2**63 - 1, (), device="cpu").item()
+    seed = ops.draw_seed(device)
+    return seed if seed.is_cuda else seed.item()

@@ -1,0 +1,170 @@
+"""Transformers: tiny random models, with our attention and with its own eager one. On the CPU."""
+
+import copy
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+tf = pytest.importorskip("transformers")
+from mini_flash_attention.integrations import transformers as ours_in  # noqa: E402
+
+ours_in.register()
+NAME = "mini_flash_attention"
+TEXT = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
+            eos_token_id=None, attention_dropout=0.0)  # fmt: skip
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**TEXT),
+    "qwen3": lambda: tf.Qwen3Config(**TEXT),
+    "mistral": lambda: tf.MistralConfig(**TEXT, sliding_window=5),
+    "gemma2": lambda: tf.Gemma2Config(**TEXT, sliding_window=5, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
+    "gemma3": lambda: tf.Gemma3TextConfig(**TEXT, sliding_window=5,
+                                          layer_types=["sliding_attention", "full_attention"]),
+    "gpt_oss": lambda: tf.GptOssConfig(**TEXT, sliding_window=5, num_local_experts=2, num_experts_per_tok=1),
+}  # fmt: skip
+MODELS = list(CONFIGS)
+
+
+def pair(name, **options):
+    """The same model with our attention and with transformers' own."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]() if isinstance(name, str) else name
+    build = options.pop("build", tf.AutoModelForCausalLM.from_config)
+    eager = build(copy.deepcopy(config), attn_implementation="eager").eval()
+    for key, p in eager.named_parameters():
+        if "sinks" in key:
+            torch.nn.init.normal_(p)
+        elif "norm" not in key:
+            torch.nn.init.normal_(p, std=0.3)
+    ours = build(copy.deepcopy(config), attn_implementation=NAME).eval()
+    ours.load_state_dict(eager.state_dict())
+    assert ours.config._attn_implementation == NAME
+    return ours, eager
+
+
+def tokens(batch=3, seqlen=13):
+    return torch.randint(2, 96, (batch, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+def close(x, y, **tolerance):
+    torch.testing.assert_close(x, y, **({"rtol": 1e-4, "atol": 1e-4} | tolerance))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward(name):
+    ours, eager = pair(name)
+    close(ours(tokens()).logits, eager(tokens()).logits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_padding(name, side):
+    ours, eager = pair(name)
+    mask = torch.arange(13) < torch.tensor([[13], [6], [9]])
+    mask = (mask.flip(1) if side == "left" else mask).long()
+    x, y = (m(tokens(), attention_mask=mask).logits[mask.bool()] for m in (ours, eager))
+    close(x, y)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed(name):
+    """Sequences one after the other, told by position_ids alone, are as if they were alone."""
+    ours, eager = pair(name)
+    parts = [tokens(1, n) for n in (13, 4, 9)]
+    positions = torch.cat([torch.arange(x.shape[1]) for x in parts]).unsqueeze(0)
+    packed = ours(torch.cat(parts, 1), position_ids=positions).logits
+    close(packed, torch.cat([eager(x).logits for x in parts], 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name):
+    ours, eager = pair(name)
+    for model in ours, eager:
+        model.train()
+        model(tokens(), labels=tokens()).loss.backward()
+    for (key, x), y in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        if y.grad is not None:
+            close(x.grad, y.grad, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", MODELS)
+def test_generate(name, cache):
+    ours, eager = pair(name)
+    mask = (torch.arange(13) < torch.tensor([[13], [6], [9]])).flip(1).long()
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation=cache)
+    result = [m.generate(tokens(), **options, return_dict_in_generate=True, output_logits=True) for m in (ours, eager)]
+    assert result[0].sequences.equal(result[1].sequences)
+    for x, y in zip(result[0].logits, result[1].logits, strict=True):
+        close(x, y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_continuous_batching(name):
+    if name == "mistral" and find_spec("transformers.integrations.flash_paged"):
+        pytest.skip("transformers 5.17 forgets the window in the prefill, with any FlashAttention; 5.24 does not")
+    ours, eager = pair(name)
+    prompts = [tokens(1, n)[0].tolist() for n in (13, 4, 9)]
+    config = tf.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    results = ours.generate_batch(prompts, generation_config=config, progress_bar=False)
+    by_prompt = {tuple(r.prompt_ids): r.generated_tokens for r in results.values()}
+    for prompt in prompts:
+        wanted = eager.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+        assert by_prompt[tuple(prompt)] == wanted.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled(name):
+    """One graph, forward and backward. In fp32 transformers would log a warning there, which breaks the graph."""
+    model = pair(name)[0].bfloat16()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=name != "gpt_oss", backend="aot_eager")  # its experts break the graph
+    gradients = []
+    for function in compiled, model:
+        model.zero_grad()
+        function(tokens()).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for x, y in zip(*gradients, strict=True):
+        close(x, y, rtol=2e-2, atol=2e-2)
+
+
+def test_packed_compiled():
+    """position_ids that restart are found by looking at their values: that breaks the graph, cu_seq_lens do not."""
+    model = pair("llama")[0].bfloat16()
+    x = tokens(1, 26)
+    positions = torch.cat([torch.arange(n) for n in (13, 4, 9)]).unsqueeze(0)
+    starts = torch.tensor([0, 13, 17, 26], dtype=torch.int32)
+    lengths = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=13, max_length_k=13)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(x, position_ids=positions, use_cache=False, **lengths).logits
+    close(out, model(x, position_ids=positions, use_cache=False).logits, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_encoders(kind):
+    sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 max_position_embeddings=128, pad_token_id=0)  # fmt: skip
+    if kind == "bert":
+        config = tf.BertConfig(**sizes)
+    else:
+        config = tf.ModernBertConfig(**sizes, local_attention=6, global_attn_every_n_layers=2, bos_token_id=1,
+                                     eos_token_id=2, cls_token_id=1, sep_token_id=2)  # fmt: skip
+    ours, eager = pair(config, build=tf.AutoModelForMaskedLM.from_config)
+    mask = (torch.arange(13) < torch.tensor([[13], [6], [9]])).long()
+    x, y = ours(tokens(), attention_mask=mask).logits, eager(tokens(), attention_mask=mask).logits
+    close(x[mask.bool()], y[mask.bool()])
+
+
+def test_whisper():
+    """Encoder, cross attention of other lengths, generation."""
+    config = tf.WhisperConfig(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                              decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8,
+                              max_source_positions=20, max_target_positions=32, pad_token_id=0, bos_token_id=1,
+                              eos_token_id=2, decoder_start_token_id=1, begin_suppress_tokens=None)  # fmt: skip
+    ours, eager = pair(config, build=lambda c, **o: tf.WhisperForConditionalGeneration._from_config(c, **o))
+    sound = torch.randn(2, 8, 40)
+    labels = tokens(2, 7)
+    x, y = (m(input_features=sound, decoder_input_ids=labels) for m in (ours, eager))
+    close(x.logits, y.logits)
+    close(x.encoder_last_hidden_state, y.encoder_last_hidden_state)
