@@ -156,7 +156,9 @@ def flash_attn_with_kvcache(
     options = dict(softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap)
     places = dict(cache_seqlens=cache_seqlens, block_table=block_table)
     with_lse = s_aux is not None
-    result = mini.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **places, **options, return_softmax_lse=with_lse)
+    result = mini.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, **places, **options, return_softmax_lse=with_lse
+    )
     return with_sinks(*result, s_aux) if with_lse else result
 
 

@@ -94,7 +94,10 @@ def test_generate(name, cache):
     ours, eager = pair(name)
     mask = (torch.arange(13) < torch.tensor([[13], [6], [9]])).flip(1).long()
     options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation=cache)
-    result = [m.generate(tokens(), **options, return_dict_in_generate=True, output_logits=True) for m in (ours, eager)]
+    result = [
+        m.generate(tokens(), **options, return_dict_in_generate=True, output_logits=True)
+        for m in (ours, eager)
+    ]
     assert result[0].sequences.equal(result[1].sequences)
     for x, y in zip(result[0].logits, result[1].logits, strict=True):
         close(x, y, rtol=1e-3, atol=1e-3)
@@ -103,7 +106,9 @@ def test_generate(name, cache):
 @pytest.mark.parametrize("name", MODELS)
 def test_continuous_batching(name):
     if name == "mistral" and find_spec("transformers.integrations.flash_paged"):
-        pytest.skip("transformers 5.17 forgets the window in the prefill, with any FlashAttention; 5.24 does not")
+        pytest.skip(
+            "transformers 5.17 forgets the window in the prefill, with any FlashAttention; 5.24 does not"
+        )
     ours, eager = pair(name)
     prompts = [tokens(1, n)[0].tolist() for n in (13, 4, 9)]
     config = tf.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -119,7 +124,9 @@ def test_compiled(name):
     """One graph, forward and backward. In fp32 transformers would log a warning there, which breaks the graph."""
     model = pair(name)[0].bfloat16()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=name != "gpt_oss", backend="aot_eager")  # its experts break the graph
+    compiled = torch.compile(
+        model, fullgraph=name != "gpt_oss", backend="aot_eager"
+    )  # its experts break the graph
     gradients = []
     for function in compiled, model:
         model.zero_grad()
