@@ -4,8 +4,9 @@
 
 torch.compile and torch.export, selective checkpointing, FLOP counters, torch.func, tensor subclasses see one
 operator, and what they want to know of it: the shapes of its results, its gradient, its batching rule, its
-FLOPs, how it is sharded. Plain eager calls do not come through here: that would cost more than the rest of the
-call. The functions at the end are what `api` calls instead of its own ways where `fast.is_watched` says so.
+FLOPs, how it is sharded. Plain eager calls do not come through here: that would cost more than the rest of
+the call. The functions at the end are what `api` calls instead of its own ways where `fast.is_watched` says
+so.
 """
 
 import sys
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from mini_flash_attention import backend, checks, problem
@@ -34,8 +34,8 @@ OPTIONS = f"{LAYOUT}, Tensor? alibi_slopes, Tensor? seed, float dropout_p, {SCOR
 DENSE = (None,) * 5  # the layout of dense q, k, v
 UPDATE = "Tensor k, Tensor v, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
 CACHE = (
-    "Tensor? cache_seqlens, SymInt? length, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, "
-    f"Tensor? alibi_slopes, {SCORE}, SymInt num_splits"
+    "Tensor? cache_seqlens, SymInt? length, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
+    f"Tensor? block_table, Tensor? alibi_slopes, {SCORE}, SymInt num_splits"
 )
 
 
@@ -94,7 +94,7 @@ def backward(
 
 
 def like(x: Tensor, result: Tensor) -> Tensor:
-    """The result with the strides that the fake promises, those of empty_like(x): compiled code relies on them."""
+    """The result with the strides of empty_like(x), which the fake promises: compiled code relies on them."""
     promised = torch.empty_like(x)
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
@@ -223,7 +223,7 @@ class TransformedBackward(torch.autograd.Function):
 
 
 def register_batching(name: str, count: int) -> None:
-    """torch.vmap: the new dimension joins the batch. count: how many arguments have a batch, the first ones."""
+    """torch.vmap: the new dimension joins the batch. count: how many arguments have one."""
 
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *arguments: Any
@@ -287,7 +287,7 @@ define(
 
 
 def _flops(q: Sequence[int], k: Sequence[int], packed: bool, causal: bool) -> int:
-    """4·B·H·Sq·Sk·D, halved when causal. Lengths of packed sequences are not known here: their totals bound them."""
+    """4·B·H·Sq·Sk·D, halved when causal; of packed sequences a bound, as only the totals are known here."""
     batch, seqlen_q, heads, head_dim = (1, *q) if packed else q
     count = 4 * batch * heads * seqlen_q * (k[0] if len(k) == 3 else k[1]) * head_dim
     return count // 2 if causal else count
@@ -352,15 +352,18 @@ def register_sharding() -> None:
         dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *options: Any
     ) -> list[Any]:
         rest = [None] * len(options)
-        way = lambda x, of_lse: ([x] * 3, [x, None if dlse is None else of_lse, *[x] * 4, of_lse, *rest])  # noqa: E731
+
+        def way(x: Any, of_lse: Any) -> tuple[list[Any], list[Any]]:
+            return [x] * 3, [x, None if dlse is None else of_lse, *[x] * 4, of_lse, *rest]
+
         ways = [way(whole, whole)]
         if options[0] is None:
             ways += [way(batch, batch), way(heads, heads_of_lse)]
         return ways
 
 
-# torch.compile calls it, instead of tracing it: what torch.compiler.assume_constant_result sets, after an import
-# of the whole compiler.
+# torch.compile calls it, instead of tracing it: what torch.compiler.assume_constant_result sets, after an
+# import # of the whole compiler.
 register_sharding._dynamo_marked_constant = True
 
 
@@ -392,8 +395,8 @@ def attention(
     forward_mode = _in_forward_mode(q, k, v)
     if forward_mode and backend.choose(q.device, backend.forced_backend()) != "cpu":
         raise NotImplementedError(
-            "forward-mode differentiation is not there on a GPU; MINI_FLASH_ATTENTION_BACKEND=cpu computes it "
-            "with PyTorch operations"
+            "forward-mode differentiation is not there on a GPU; MINI_FLASH_ATTENTION_BACKEND=cpu computes "
+            "it with PyTorch operations"
         )
     seed = draw_seed(q.device) if dropout_p else None
     options = *layout, slopes, seed, dropout_p, *score, bool(deterministic)
@@ -454,8 +457,8 @@ def run_backward(
 def draw_seed(device: torch.device) -> Tensor:
     """(1) int64, of 63 bits, by the device's generator.
 
-    By torch.randint, not by an operator of ours nor by another of PyTorch's: it is on the list of those of which
-    AOTAutograd does not merge two calls into one, which would give two layers one mask.
+    By torch.randint, not by an operator of ours nor by another of PyTorch's: it is on the list of those of
+    which AOTAutograd does not merge two calls into one, which would give two layers one mask.
     """
     return torch.randint(2**63 - 1, (1,), device=device)
 
@@ -482,9 +485,4 @@ def _refuse(**tensors: Tensor) -> None:
 
 
 def _in_forward_mode(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    followed = forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    )
-    return followed or fast.is_in_jvp()
+    return not torch.compiler.is_compiling() and (fast.is_in_jvp() or any(map(fast.has_tangent, tensors)))

@@ -5,10 +5,10 @@
 
 Each function takes the tokens that its rank holds, and is differentiable.
 
-Ring (Liu et al. 2023, arXiv 2310.01889): keys and values travel around while queries stay, and partial results are
-merged by their log-sum-exp. With a causal mask a rank holds a chunk of the start and the one mirrored to it at the end
-("zigzag"), so that all ranks have the same work. Ulysses (Jacobs et al. 2023, arXiv 2309.14509): an all-to-all
-changes shares of the tokens for shares of the heads, and another one back.
+Ring (Liu et al. 2023, arXiv 2310.01889): keys and values travel around while queries stay, and partial
+results are merged by their log-sum-exp. With a causal mask a rank holds a chunk of the start and the one
+mirrored to it at the end ("zigzag"), so that all ranks have the same work. Ulysses (Jacobs et al. 2023,
+arXiv 2309.14509): an all-to-all changes shares of the tokens for shares of the heads, and another one back.
 """
 
 from collections.abc import Callable
@@ -48,8 +48,8 @@ def ring_attention(
     """Attention to the tokens of all ranks.
 
     Args:
-        q: (batch, seqlen / world, heads, head_dim), what `shard` gives; or packed, (total / world, heads, head_dim),
-            each sequence sharded.
+        q: (batch, seqlen / world, heads, head_dim), what `shard` gives; or packed, (total / world, heads,
+            head_dim), each sequence sharded.
         k: (batch, seqlen / world, heads_k, head_dim), or packed like q.
         v: like k.
         causal: a query sees no key behind it. Without, any division of the tokens will do.
@@ -143,7 +143,8 @@ class Step(NamedTuple):
 def steps(q: Tensor, cu_seqlens: Tensor | None, causal: bool, rank: int, world: int) -> list[Step]:
     """Which queries of `rank` see which of the keys that are there in each step.
 
-    Step i has the keys of rank - i. Of a rank before: all queries see its first half, and none its second. Of a rank
+    Step i has the keys of rank - i. Of a rank before: all queries see its first half, and none its second.
+    Of a rank
     behind: the second half of the queries sees all its keys, and the first none.
     """
     every = Part(slice(None), cu_seqlens)
@@ -230,7 +231,8 @@ class Ring(torch.autograd.Function):
             dq[..., step.queries.rows, :, :] += part[0]
             for total, dx in zip(totals, part[1:], strict=True):
                 total[..., step.keys.rows, :, :] += dx
-            arriving = rotate(ctx.group, *totals)
+            if len(ctx.steps) > 1:
+                arriving = rotate(ctx.group, *totals)
             keys = coming() if coming else keys
         dk, dv = (x.to(k.dtype) for x in arriving())
         return dq.to(q.dtype), dk, dv, None, None, None, None

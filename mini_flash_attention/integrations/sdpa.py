@@ -1,11 +1,12 @@
 """PyTorch's own attention by our kernels: F.scaled_dot_product_attention and all that is built on it.
 
     from mini_flash_attention.integrations import sdpa
-    sdpa.activate()    # or: sdpa.register(), and later torch.nn.attention.activate_flash_attention_impl("MINI")
-    sdpa.restore()
+    sdpa.activate()    # or: sdpa.register(), and later
+    torch.nn.attention.activate_flash_attention_impl("MINI") sdpa.restore()
 
-Served are F.scaled_dot_product_attention, torch.nn.attention.varlen, nested tensors, torch.compile of these and
-PyTorch's context_parallel. What we cannot serve runs by the kernel that was there before. Needs PyTorch 2.11.
+Served are F.scaled_dot_product_attention, torch.nn.attention.varlen, nested tensors, torch.compile of these
+and PyTorch's context_parallel. What we cannot serve runs by the kernel that was there before. Needs PyTorch
+2.11.
 """
 
 import warnings
@@ -22,7 +23,7 @@ NAME = "MINI"
 
 
 def register() -> None:
-    """Make the name "MINI" known to torch.nn.attention.activate_flash_attention_impl. It changes nothing else."""
+    """Make "MINI" known to torch.nn.attention.activate_flash_attention_impl. Nothing else changes."""
     try:
         from torch.nn.attention import register_flash_attention_impl
     except ImportError as error:
@@ -33,9 +34,9 @@ def register() -> None:
 def activate() -> "Hook":
     """Run PyTorch's attention by our kernels from now on.
 
-    PyTorch prefers cuDNN's attention on a Hopper GPU, so that few calls would ask for a flash kernel: while this is
-    active, cuDNN's is switched off (torch.backends.cuda.enable_cudnn_sdp; sdpa_kernel switches it on where a user
-    asks for it), and `restore` puts back what was there.
+    PyTorch prefers cuDNN's attention on a Hopper GPU, so that few calls would ask for a flash kernel: while
+    this is active, cuDNN's is switched off (torch.backends.cuda.enable_cudnn_sdp; sdpa_kernel switches it on
+    where a user asks for it), and `restore` puts back what was there.
 
     Returns:
         What is active: its `calls` counts the calls that our kernels served, by operator.
@@ -184,8 +185,8 @@ def sdpa_forward(
 ) -> tuple[Any, ...]:
     """_scaled_dot_product_flash_attention, of (batch, heads, seqlen, head_dim).
 
-    Its causal is bottom-right, as ours: F.scaled_dot_product_attention, whose own is top-left, asks for it only
-    with as many queries as keys.
+    Its causal is bottom-right, as ours: F.scaled_dot_product_attention, whose own is top-left, asks for it
+    only with as many queries as keys.
     """
     out = torch.empty_like(q)
     turned = [x.transpose(1, 2) for x in (q, k, v, out)]

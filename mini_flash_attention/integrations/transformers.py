@@ -4,9 +4,10 @@
     transformers.register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="mini_flash_attention")
 
-All around attention (padding, packed position_ids, caches, continuous batching) stays Transformers' own: to it we
-are one of the FlashAttention packages, because our names hold "flash". It has no public way to be given a package's
-functions, so two private functions of it are wrapped. Tried with Transformers 5.17 and 5.24.
+All around attention (padding, packed position_ids, caches, continuous batching) stays Transformers' own: to
+it we are one of the FlashAttention packages, because our names hold "flash". It has no public way to be
+given a package's functions, so two private functions of it are wrapped. Tried with Transformers 5.17 and
+5.24.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,8 +89,9 @@ def _is_ours(name: str | None) -> bool:
     return isinstance(name, str) and name.removeprefix("paged|") in NAMES
 
 
-# Transformers reads from the signatures what a package can do; what it does not find there it drops without a word,
-# sinks included. max_seqlen_q has another name here: it would come as a tensor, at which torch.compile breaks the graph.
+# Transformers reads from the signatures what a package can do; what it does not find there it drops without
+# a word, # sinks included. max_seqlen_q has another name here: it would come as a tensor, at which
+# torch.compile breaks the graph.
 
 
 def flash_attn_func(

@@ -1,140 +1,147 @@
-"""Ring and Ulysses on 2 and 4 processes (gloo), against one that has all tokens; DDP, FSDP2, DTensor on 2."""
+"""Ring attention and Ulysses on 2 and 4 processes (gloo), against one process that has all tokens."""
 
-import os
-import tempfile
-import traceback
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 import mini_flash_attention as mini
-from mini_flash_attention.integrations import context_parallel as ring
-from mini_flash_attention.integrations import sdpa
+from mini_flash_attention.integrations import context_parallel, sdpa
+from mini_flash_attention.integrations.context_parallel import ring_attention, shard, ulysses, unshard
+from tests.integrations.processes import spawn
+
+Function = Callable[..., Tensor]
 
 
-def spawn(world, function, *args):
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(start, (world, folder, function, args), nprocs=world)
-
-
-def start(rank, world, folder, function, args):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, store=dist.FileStore(f"{folder}/store", world)
-    )
-    try:
-        torch.manual_seed(0)  # all ranks make the same whole
-        function(rank, world, *args)
-        dist.barrier()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # gloo's threads abort a process now and then when it ends ("terminate called without ...")
-
-
-def check(part, whole, split, dout_whole):
-    """part, whole: (function, tensors); out and gradients of what this rank holds."""
-    results = []
-    for (function, tensors), dout in (part, split(dout_whole)), (whole, dout_whole):
-        out = function(*tensors)
-        results.append([out, *torch.autograd.grad(out, tensors, dout)])
-    for x, y in zip(*results, strict=True):
+def compare(
+    function: Function, whole: Function, tensors: list[Tensor], split: Callable[[Tensor], Tensor]
+) -> None:
+    """out and gradients of what this rank holds."""
+    mine = [split(x).detach().contiguous().requires_grad_() for x in tensors]
+    out, wanted = function(*mine), whole(*tensors)
+    dout = torch.randn(wanted.shape)
+    results = out, *torch.autograd.grad(out, mine, split(dout).contiguous())
+    for x, y in zip(results, (wanted, *torch.autograd.grad(wanted, tensors, dout)), strict=True):
         torch.testing.assert_close(x, split(y), rtol=1e-4, atol=1e-4)
 
 
-def make(*shapes):
-    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+def make(*lead: int, heads_k: int = 2) -> list[Tensor]:
+    return [torch.randn(*lead, heads, 16, requires_grad=True) for heads in (4, heads_k, heads_k)]
 
 
-def mine(tensors, split):
-    return [split(x).detach().requires_grad_() for x in tensors]
+def check_ring(rank: int, world: int) -> None:
+    for options in (dict(causal=True), dict(causal=False), dict(causal=True, softmax_scale=0.4)):
+        compare(
+            lambda *t, o=options: ring_attention(*t, **o),
+            lambda *t, o=options: mini.flash_attn_func(*t, **o),
+            make(2, 48),
+            lambda x: shard(x, rank, world),
+        )
 
 
-def dense(rank, world, causal, scale):
-    tensors = make((2, 48, 4, 16), (2, 48, 2, 16), (2, 48, 2, 16))
-    split = lambda x: ring.shard(x, rank, world)  # noqa: E731
-    options = dict(causal=causal, softmax_scale=scale)
-    whole = (lambda *t: mini.flash_attn_func(*t, **options), tensors)
-    check(
-        (lambda *t: ring.ring_attention(*t, **options), mine(tensors, split)),
-        whole,
-        split,
-        torch.randn(2, 48, 4, 16),
-    )
-
-
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("causal, scale", [(False, None), (True, None), (True, 0.4)])
-def test_ring(world, causal, scale):
-    spawn(world, dense, causal, scale)
-
-
-def packed(rank, world, causal):
+def check_ring_of_packed(rank: int, world: int) -> None:
     lengths = [16, 8, 40]
-    tensors = make((64, 4, 16), (64, 2, 16), (64, 2, 16))
-    split = lambda x: torch.cat([ring.shard(s, rank, world, dim=0) for s in x.split(lengths)])  # noqa: E731
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    whole = (lambda *t: mini.flash_attn_varlen_func(*t, starts, starts, 40, 40, causal=causal), tensors)
-    part = (
-        lambda *t: ring.ring_attention(*t, causal=causal, cu_seqlens=starts // world),
-        mine(tensors, split),
-    )
-    check(part, whole, split, torch.randn(64, 4, 16))
+    for causal in (True, False):
+        compare(
+            lambda *t, c=causal: ring_attention(*t, causal=c, cu_seqlens=starts // world),
+            lambda *t, c=causal: mini.flash_attn_varlen_func(*t, starts, starts, 40, 40, causal=c),
+            make(64),
+            lambda x: torch.cat([shard(one, rank, world, dim=0) for one in x.split(lengths)]),
+        )
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("causal", [False, True])
-def test_ring_packed(world, causal):
-    spawn(world, packed, causal)
+def check_lse(rank: int, world: int) -> None:
+    tensors = [x.detach() for x in make(2, 48)]
+    _, lse = ring_attention(*(shard(x, rank, world) for x in tensors), causal=True, return_lse=True)
+    wanted = mini.flash_attn_func(*tensors, causal=True, return_attn_probs=True)[1]
+    torch.testing.assert_close(lse, shard(wanted, rank, world, dim=2))
 
 
-def exchanged(rank, world, options):
-    tensors = make((2, 48, 4, 16), (2, 48, 2, 16), (2, 48, 2, 16))
-    split = lambda x: x.chunk(world, 1)[rank]  # noqa: E731
-    whole = (lambda *t: mini.flash_attn_func(*t, **options), tensors)
-    check(
-        (lambda *t: ring.ulysses(*t, **options), mine(tensors, split)),
-        whole,
-        split,
-        torch.randn(2, 48, 4, 16),
-    )
+def check_ulysses(rank: int, world: int) -> None:
+    for options in ({}, dict(causal=True, window_size=(9, 0), softcap=5.0)):
+        compare(
+            lambda *t, o=options: ulysses(*t, **o),
+            lambda *t, o=options: mini.flash_attn_func(*t, **o),
+            make(2, 48),  # 2 key heads, of which 4 ranks share one each
+            lambda x: x.chunk(world, 1)[rank],
+        )
+    with pytest.raises(ValueError, match="heads of q"):
+        ulysses(*(x[:, :, :1] for x in make(2, 48)))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(
-    "options", [{}, dict(causal=True), dict(causal=True, window_size=(9, 0), softcap=5.0)], ids=str
-)
-def test_ulysses(world, options):
-    spawn(world, exchanged, options)
-
-
-def of_pytorch(rank, world, causal):
-    """PyTorch's own ring, on our kernels by way of the SDPA hook (here for the CPU's dispatch key)."""
+def check_context_parallel_of_pytorch(rank: int, world: int) -> None:
+    """PyTorch's own ring on our kernels, by the hook of its attention, here for the CPU's dispatch key."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.experimental._context_parallel import _attention as cp
+    from torch.distributed.tensor.experimental._context_parallel import _attention as of_pytorch
 
-    hook = sdpa.Hook("CPU")
-    cp._cp_options.enable_load_balance = causal
-    mesh = init_device_mesh("cpu", (world,))
-    tensors = make((2, 4, 48, 16), (2, 4, 48, 16), (2, 4, 48, 16))
-    split = lambda x: ring.shard(x, rank, world, dim=2) if causal else x.chunk(world, 2)[rank]  # noqa: E731
-    q, k, v = (split(x).detach().contiguous() for x in tensors)
-    dout = torch.randn(2, 4, 48, 16)
-    out, lse, *others = cp._scaled_dot_product_ring_flash_attention(mesh, q, k, v, is_causal=causal)
-    cu_q, cu_k, max_q, max_k, seed, offset, _ = others
-    gradients = cp._scaled_dot_product_ring_flash_attention_backward(
-        mesh, split(dout).contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, seed, offset
-    )
-    wanted = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal)
-    grads = torch.autograd.grad(wanted, tensors, dout)
+    hook, mesh = sdpa.Hook("CPU"), init_device_mesh("cpu", (world,))
+    for causal in (True, False):
+        of_pytorch._cp_options.enable_load_balance = causal
+        tensors = [torch.randn(2, 4, 48, 16, requires_grad=True) for _ in range(3)]
+
+        def split(x: Tensor, causal: bool = causal) -> Tensor:
+            return shard(x, rank, world, dim=2) if causal else x.chunk(world, 2)[rank]
+
+        q, k, v = (split(x).detach().contiguous() for x in tensors)
+        dout = torch.randn(2, 4, 48, 16)
+        results = of_pytorch._scaled_dot_product_ring_flash_attention(mesh, q, k, v, is_causal=causal)
+        out, lse, *others, _ = results
+        backward = of_pytorch._scaled_dot_product_ring_flash_attention_backward
+        options = *others[:4], 0.0, causal, *others[4:]
+        gradients = backward(mesh, split(dout).contiguous(), q, k, v, out, lse, *options)
+        wanted = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal)
+        wanted = wanted, *torch.autograd.grad(wanted, tensors, dout)
+        for x, y in zip((out, *gradients), wanted, strict=True):
+            torch.testing.assert_close(x, split(y), rtol=1e-4, atol=1e-4)
     assert hook.calls["_scaled_dot_product_flash_attention"] > 0
     assert hook.calls["_scaled_dot_product_flash_attention_backward"] > 0
-    for x, y in zip((out, *gradients), (wanted, *grads), strict=True):
-        torch.testing.assert_close(x, split(y), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("causal", [False, True])
-def test_context_parallel_of_pytorch(world, causal):
-    spawn(world, of_pytorch, causal)
+def check_all(rank: int, world: int) -> None:
+    check_ring(rank, world)
+    check_ring_of_packed(rank, world)
+    check_lse(rank, world)
+    check_ulysses(rank, world)
+    check_context_parallel_of_pytorch(rank, world)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_against_one_process(world: int) -> None:
+    spawn(world, check_all)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shard_and_unshard(world: int) -> None:
+    x = torch.arange(96).view(2, 48)
+    assert unshard([shard(x, rank, world) for rank in range(world)]).equal(x)
+    with pytest.raises(ValueError, match="multiple of 2 world"):
+        shard(x[:, :47], 0, world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_pair_is_met_once(world: int, packed: bool) -> None:
+    """With a causal mask query i meets each key up to i once, and all ranks have the same work."""
+    lengths = [2 * world, 6 * world] if packed else [8 * world]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    token = torch.cat([torch.arange(n) for n in lengths])  # its place in its sequence
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    number = torch.arange(len(token))
+    held = [torch.cat([shard(x, r, world, dim=0) for x in number.split(lengths)]) for r in range(world)]
+    met, work = torch.zeros(len(token), len(token), dtype=int), []
+    for rank in range(world):
+        q = torch.empty(len(held[rank]), 1, 1)
+        its_steps = context_parallel.steps(q, starts // world if packed else None, True, rank, world)
+        before = met.sum()
+        for i, (queries, keys, causal) in enumerate(its_steps):
+            rows, columns = held[rank][queries.rows], held[(rank - i) % world][keys.rows]
+            seen = sequence[rows][:, None] == sequence[columns]
+            if causal:
+                seen &= token[rows][:, None] >= token[columns]
+            met[rows[:, None], columns] += seen
+        work.append(met.sum() - before)
+    assert met.equal(((sequence[:, None] == sequence) & (token[:, None] >= token)).long())
+    assert len(set(map(int, work))) == 1

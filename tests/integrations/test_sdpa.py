@@ -1,4 +1,7 @@
-"""PyTorch's attention by our kernels: on the CPU, by serving its dispatch key instead of CUDA's; on a GPU really."""
+"""PyTorch's attention by our kernels, on the CPU: they serve its dispatch key instead of CUDA's.
+
+What only a GPU can show: tests/integrations/gpu.py.
+"""
 
 import inspect
 
@@ -113,7 +116,7 @@ def test_dropout(hook):
 
 
 def test_activate_and_restore():
-    """activate() is ours and switches cuDNN off, by which alone plain calls come to a flash kernel on a Hopper GPU."""
+    """cuDNN is switched off: else plain calls come to no flash kernel on a Hopper GPU."""
     attention.restore_flash_attention_impl()
     assert torch.backends.cuda.cudnn_sdp_enabled()
     active = sdpa.activate()

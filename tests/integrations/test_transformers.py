@@ -11,18 +11,18 @@ from mini_flash_attention.integrations import transformers as ours_in  # noqa: E
 
 ours_in.register()
 NAME = "mini_flash_attention"
-TEXT = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
-            eos_token_id=None, attention_dropout=0.0)  # fmt: skip
+SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+TEXT = SIZES | dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=128, attention_dropout=0.0)
+TEXT |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+WINDOW = TEXT | dict(sliding_window=5)
 CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**TEXT),
     "qwen3": lambda: tf.Qwen3Config(**TEXT),
-    "mistral": lambda: tf.MistralConfig(**TEXT, sliding_window=5),
-    "gemma2": lambda: tf.Gemma2Config(**TEXT, sliding_window=5, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
-    "gemma3": lambda: tf.Gemma3TextConfig(**TEXT, sliding_window=5,
-                                          layer_types=["sliding_attention", "full_attention"]),
-    "gpt_oss": lambda: tf.GptOssConfig(**TEXT, sliding_window=5, num_local_experts=2, num_experts_per_tok=1),
-}  # fmt: skip
+    "mistral": lambda: tf.MistralConfig(**WINDOW),
+    "gemma2": lambda: tf.Gemma2Config(**WINDOW, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
+    "gemma3": lambda: tf.Gemma3TextConfig(**WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "gpt_oss": lambda: tf.GptOssConfig(**WINDOW, num_local_experts=2, num_experts_per_tok=1),
+}
 MODELS = list(CONFIGS)
 
 
@@ -121,7 +121,7 @@ def test_continuous_batching(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled(name):
-    """One graph, forward and backward. In fp32 transformers would log a warning there, which breaks the graph."""
+    """One graph, forward and backward. In fp32 Transformers would log a warning, which breaks the graph."""
     model = pair(name)[0].bfloat16()
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -137,7 +137,7 @@ def test_compiled(name):
 
 
 def test_packed_compiled():
-    """position_ids that restart are found by looking at their values: that breaks the graph, cu_seq_lens do not."""
+    """position_ids that restart are found by their values, which breaks the graph; cu_seq_lens do not."""
     model = pair("llama")[0].bfloat16()
     x = tokens(1, 26)
     positions = torch.cat([torch.arange(n) for n in (13, 4, 9)]).unsqueeze(0)
@@ -150,13 +150,12 @@ def test_packed_compiled():
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_encoders(kind):
-    sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                 max_position_embeddings=128, pad_token_id=0)  # fmt: skip
+    sizes = SIZES | dict(num_hidden_layers=3, max_position_embeddings=128, pad_token_id=0)
     if kind == "bert":
         config = tf.BertConfig(**sizes)
     else:
-        config = tf.ModernBertConfig(**sizes, local_attention=6, global_attn_every_n_layers=2, bos_token_id=1,
-                                     eos_token_id=2, cls_token_id=1, sep_token_id=2)  # fmt: skip
+        sizes |= dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+        config = tf.ModernBertConfig(**sizes, local_attention=6, global_attn_every_n_layers=2)
     ours, eager = pair(config, build=tf.AutoModelForMaskedLM.from_config)
     mask = (torch.arange(13) < torch.tensor([[13], [6], [9]])).long()
     x, y = ours(tokens(), attention_mask=mask).logits, eager(tokens(), attention_mask=mask).logits
@@ -164,14 +163,33 @@ def test_encoders(kind):
 
 
 def test_whisper():
-    """Encoder, cross attention of other lengths, generation."""
-    config = tf.WhisperConfig(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-                              decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8,
-                              max_source_positions=20, max_target_positions=32, pad_token_id=0, bos_token_id=1,
-                              eos_token_id=2, decoder_start_token_id=1, begin_suppress_tokens=None)  # fmt: skip
-    ours, eager = pair(config, build=lambda c, **o: tf.WhisperForConditionalGeneration._from_config(c, **o))
+    """Encoder, cross attention to other lengths."""
+    sizes = dict(vocab_size=96, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=32)
+    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    for part in "encoder", "decoder":
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 48}
+    config = tf.WhisperConfig(**sizes, begin_suppress_tokens=None)
+    ours, eager = pair(config, build=tf.WhisperForConditionalGeneration._from_config)
     sound = torch.randn(2, 8, 40)
-    labels = tokens(2, 7)
-    x, y = (m(input_features=sound, decoder_input_ids=labels) for m in (ours, eager))
+    x, y = (m(input_features=sound, decoder_input_ids=tokens(2, 7)) for m in (ours, eager))
     close(x.logits, y.logits)
     close(x.encoder_last_hidden_state, y.encoder_last_hidden_state)
+
+
+def test_sinks():
+    """What a sink does to out, and its gradient, against a softmax with one more column."""
+    q, sinks = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(4, requires_grad=True)
+    scores = torch.einsum("bihd,bjhd->bhij", q, q) / 8**0.5
+    column = sinks.view(1, 4, 1, 1).expand(2, 4, 5, 1)
+    weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    wanted = torch.einsum("bhij,bjhd->bihd", weights, q)
+    out = ours_in.flash_attn_func(q, q, q, s_aux=sinks)
+    close(out, wanted)
+    results = (torch.autograd.grad(x.square().sum(), (q, sinks)) for x in (out, wanted))
+    for x, y in zip(*results, strict=True):
+        close(x, y)
+    starts = torch.tensor([0, 5, 10])
+    packed = ours_in.flash_attn_varlen_func(*[q.flatten(0, 1)] * 3, starts, starts, 5, 5, s_aux=sinks)
+    close(packed.view_as(out), out)
+    with torch.no_grad():
+        close(ours_in.flash_attn_with_kvcache(q, q, q, s_aux=sinks), out)
