@@ -286,23 +286,24 @@ define(
 # FLOPs, as torch.utils.flop_counter.FlopCounterMode asks for them
 
 
-def _flops(q: Sequence[int], k: Sequence[int], packed: bool, causal: bool) -> int:
+def _flops(q: Sequence[int], k: Sequence[int], options: tuple[Any, ...]) -> int:
     """4·B·H·Sq·Sk·D, halved when causal; of packed sequences a bound, as only the totals are known here."""
-    batch, seqlen_q, heads, head_dim = (1, *q) if packed else q
+    causal, right = options[9], options[11]
+    batch, seqlen_q, heads, head_dim = (1, *q)[-4:]
     count = 4 * batch * heads * seqlen_q * (k[0] if len(k) == 3 else k[1]) * head_dim
-    return count // 2 if causal else count
+    return count // 2 if causal or right == 0 else count
 
 
 @register_flop_formula(OPERATORS.forward)
 def flops_of_forward(q: Any, k: Any, v: Any, *options: Any, out_shape: Any = None, **_: Any) -> int:
-    return _flops(q, k, len(q) == 3, options[9])
+    return _flops(q, k, options)
 
 
 @register_flop_formula(OPERATORS.forward_into)
 def flops_of_forward_into(
     q: Any, k: Any, v: Any, out: Any, *options: Any, out_shape: Any = None, **_: Any
 ) -> int:
-    return _flops(q, k, len(q) == 3, options[9])
+    return _flops(q, k, options)
 
 
 @register_flop_formula(OPERATORS.backward)
@@ -318,7 +319,7 @@ def flops_of_backward(
     out_shape: Any = None,
     **_: Any,
 ) -> int:
-    return _flops(q, k, len(q) == 3, options[9]) * 5 // 2
+    return _flops(q, k, options) * 5 // 2
 
 
 # Tensor parallelism

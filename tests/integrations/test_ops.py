@@ -350,9 +350,10 @@ def test_selective_checkpoint(backend, dropout, save) -> None:
             return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
+    contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+
     def function(x: Tensor) -> Tensor:
         for block in net:
-            contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
             x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return x
 

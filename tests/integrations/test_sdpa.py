@@ -38,11 +38,12 @@ def gradients(out, tensors):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads_k", [4, 2])
-def test_sdpa(hook, compiled, causal, heads_k):
+def test_sdpa(hook, compiled, causal, heads_k) -> None:
     tensors = bhsd((4, 37), (heads_k, 37), (heads_k, 37))
-    function = lambda q, k, v: (
-        aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=0.3)[0] * 2
-    )  # noqa: E731
+
+    def function(q, k, v):
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=0.3)[0] * 2
+
     out = (torch.compile(function, fullgraph=True) if compiled else function)(*tensors)
     wanted = 2 * F.scaled_dot_product_attention(*tensors, is_causal=causal, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(out, wanted)
@@ -62,7 +63,7 @@ def packed(grad=True):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (4, 0), (3, 2)])
-def test_varlen(hook, compiled, window):
+def test_varlen(hook, compiled, window) -> None:
     tensors, starts = packed()
     options = dict(window_size=window, return_aux=AuxRequest(True))
     function = lambda *t: varlen_attn(*t, starts, starts, 17, 17, **options)  # noqa: E731
@@ -79,7 +80,7 @@ def test_varlen(hook, compiled, window):
 
 
 @pytest.mark.skipif(not NEW, reason="torch 2.12")
-def test_varlen_pages_and_out(hook):
+def test_varlen_pages_and_out(hook) -> None:
     (q, _, _), starts = packed(grad=False)
     pages = [torch.randn(9, 4, 2, 16) for _ in range(2)]
     table, used = torch.randperm(9).int().view(3, 3), torch.tensor([8, 3, 12], dtype=torch.int32)
@@ -93,7 +94,7 @@ def test_varlen_pages_and_out(hook):
     assert hook["_flash_attention_forward_no_dropout_inplace"] == 1
 
 
-def test_causal_lower_right(hook):
+def test_causal_lower_right(hook) -> None:
     """The bias that PyTorch has for FlashAttention's alignment is what the operator means by causal."""
     q, k, v = bhsd((4, 3), (4, 9), (4, 9))
     out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
@@ -101,7 +102,7 @@ def test_causal_lower_right(hook):
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask))
 
 
-def test_dropout(hook):
+def test_dropout(hook) -> None:
     """The backward pass drops what the forward pass did, and each call draws anew."""
     q, k, v = bhsd((4, 37), (4, 37), (4, 37))
     function = lambda v: aten._scaled_dot_product_flash_attention(q, k, v, 0.5, False)[0]  # noqa: E731
@@ -115,7 +116,7 @@ def test_dropout(hook):
     assert hook["_scaled_dot_product_flash_attention_backward"] == 1
 
 
-def test_activate_and_restore():
+def test_activate_and_restore() -> None:
     """cuDNN is switched off: else plain calls come to no flash kernel on a Hopper GPU."""
     attention.restore_flash_attention_impl()
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -126,7 +127,7 @@ def test_activate_and_restore():
     assert torch.backends.cuda.cudnn_sdp_enabled() and attention.current_flash_attention_impl() is None
 
 
-def test_restored_kernels():
+def test_restored_kernels() -> None:
     tensors = bhsd((4, 8), (4, 8), (4, 8), grad=False)
     aten._scaled_dot_product_flash_attention(*tensors)
     attention.restore_flash_attention_impl()
@@ -136,7 +137,7 @@ def test_restored_kernels():
     aten._scaled_dot_product_flash_attention(*tensors)
 
 
-def test_what_we_cannot_serve_says_so():
+def test_what_we_cannot_serve_says_so() -> None:
     """Where PyTorch has a kernel, that runs instead: tests/integrations/gpu.py."""
     with pytest.raises(NotImplementedError):
         aten._scaled_dot_product_flash_attention(*bhsd((4, 8), (4, 8), (4, 8)), 0.5, False, True)

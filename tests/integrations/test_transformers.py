@@ -52,14 +52,14 @@ def close(x, y, **tolerance):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_forward(name):
+def test_forward(name) -> None:
     ours, eager = pair(name)
     close(ours(tokens()).logits, eager(tokens()).logits)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", MODELS)
-def test_padding(name, side):
+def test_padding(name, side) -> None:
     ours, eager = pair(name)
     mask = torch.arange(13) < torch.tensor([[13], [6], [9]])
     mask = (mask.flip(1) if side == "left" else mask).long()
@@ -68,7 +68,7 @@ def test_padding(name, side):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_packed(name):
+def test_packed(name) -> None:
     """Sequences one after the other, told by position_ids alone, are as if they were alone."""
     ours, eager = pair(name)
     parts = [tokens(1, n) for n in (13, 4, 9)]
@@ -78,7 +78,7 @@ def test_packed(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients(name):
+def test_gradients(name) -> None:
     ours, eager = pair(name)
     for model in ours, eager:
         model.train()
@@ -90,7 +90,7 @@ def test_gradients(name):
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", MODELS)
-def test_generate(name, cache):
+def test_generate(name, cache) -> None:
     ours, eager = pair(name)
     mask = (torch.arange(13) < torch.tensor([[13], [6], [9]])).flip(1).long()
     options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation=cache)
@@ -104,7 +104,7 @@ def test_generate(name, cache):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_continuous_batching(name):
+def test_continuous_batching(name) -> None:
     if name == "mistral" and find_spec("transformers.integrations.flash_paged"):
         pytest.skip(
             "transformers 5.17 forgets the window in the prefill, with any FlashAttention; 5.24 does not"
@@ -120,7 +120,7 @@ def test_continuous_batching(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled(name):
+def test_compiled(name) -> None:
     """One graph, forward and backward. In fp32 Transformers would log a warning, which breaks the graph."""
     model = pair(name)[0].bfloat16()
     torch._dynamo.reset()
@@ -136,7 +136,7 @@ def test_compiled(name):
         close(x, y, rtol=2e-2, atol=2e-2)
 
 
-def test_packed_compiled():
+def test_packed_compiled() -> None:
     """position_ids that restart are found by their values, which breaks the graph; cu_seq_lens do not."""
     model = pair("llama")[0].bfloat16()
     x = tokens(1, 26)
@@ -149,7 +149,7 @@ def test_packed_compiled():
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
-def test_encoders(kind):
+def test_encoders(kind) -> None:
     sizes = SIZES | dict(num_hidden_layers=3, max_position_embeddings=128, pad_token_id=0)
     if kind == "bert":
         config = tf.BertConfig(**sizes)
@@ -162,7 +162,7 @@ def test_encoders(kind):
     close(x[mask.bool()], y[mask.bool()])
 
 
-def test_whisper():
+def test_whisper() -> None:
     """Encoder, cross attention to other lengths."""
     sizes = dict(vocab_size=96, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=32)
     sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
@@ -176,7 +176,7 @@ def test_whisper():
     close(x.encoder_last_hidden_state, y.encoder_last_hidden_state)
 
 
-def test_sinks():
+def test_sinks() -> None:
     """What a sink does to out, and its gradient, against a softmax with one more column."""
     q, sinks = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(4, requires_grad=True)
     scores = torch.einsum("bihd,bjhd->bhij", q, q) / 8**0.5
