@@ -397,6 +397,8 @@ def attention(
     left, right = _window(window_size)
     score = scale, bool(causal), left, right, softcap
     forward_mode = _in_forward_mode(q, k, v)
+    if forward_mode and out is not None:
+        raise NotImplementedError("out: attention into a given tensor has no forward-mode derivative")
     if forward_mode and backend.choose(q.device, backend.forced_backend()) != "cpu":
         raise NotImplementedError(
             "forward-mode differentiation is not there on a GPU; MINI_FLASH_ATTENTION_BACKEND=cpu computes "
@@ -430,6 +432,8 @@ def cached(
     seqlens, *places = places
     _, scale, causal, window_size, softcap, slopes, _ = options
     checks.no_gradient("flash_attn_with_kvcache", q, k_cache, v_cache, k, v)
+    if _in_forward_mode(*(x for x in (q, k_cache, v_cache, k, v) if x is not None)):
+        raise NotImplementedError("flash_attn_with_kvcache has no forward-mode derivative")
     on_device = isinstance(seqlens, Tensor)
     left, right = _window(window_size)
     score = scale, bool(causal), left, right, softcap

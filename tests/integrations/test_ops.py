@@ -433,6 +433,19 @@ def test_forward_mode() -> None:
             torch.testing.assert_close(dual.tangent, wanted, **close)
 
 
+def test_forward_mode_that_is_refused() -> None:
+    q, k, v = qkv()
+    (x, _, _), starts, longest = packed()
+    lengths = starts, starts, longest, longest
+    cases = (
+        (q, lambda q: mini.flash_attn_with_kvcache(q, k, v)),
+        (x, lambda x: mini.flash_attn_varlen_func(x, x, x, *lengths, out=torch.empty_like(x))),
+    )
+    for primal, function in cases:
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (primal,), (torch.ones_like(primal),))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_forward_mode_on_a_gpu() -> None:
     q, k, v = qkv()
