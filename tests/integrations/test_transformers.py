@@ -103,6 +103,7 @@ def test_generate(name, cache) -> None:
         close(x, y, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_continuous_batching(name) -> None:
     if name == "mistral" and find_spec("transformers.integrations.flash_paged"):
@@ -119,7 +120,9 @@ def test_continuous_batching(name) -> None:
         assert by_prompt[tuple(prompt)] == wanted.tolist()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.full) for name in MODELS[1:])]
+)
 def test_compiled(name) -> None:
     """One graph, forward and backward. In fp32 Transformers would log a warning, which breaks the graph."""
     model = pair(name)[0].bfloat16()
