@@ -410,7 +410,7 @@ def attention(
         lse = OPERATORS.forward_into(q, k, v, out, *options)
     elif forward_mode:  # PyTorch differentiates the operations of the CPU backend
         out, lse = backend.forward(*call_of(q, k, v, *options))
-    elif fast.transforms() is not None and not torch.compiler.is_compiling():
+    elif not torch.compiler.is_compiling() and fast.transforms():
         out, lse = Transformed.apply(q, k, v, *options)
     else:
         out, lse = OPERATORS.forward(q, k, v, *options)

@@ -1,8 +1,8 @@
 """vLLM: vllm serve MODEL --attention-backend MINI_FLASH_ATTENTION
 
 vLLM finds `register` by this package's entry point and imports this module, which imports vLLM. Metadata,
-the layout of the cache and what writes to it are those of vLLM's own FlashAttention backend; only the attention
-is ours. Written for vLLM 0.33.
+the layout of the cache and what writes to it are those of vLLM's own FlashAttention backend; only
+attention is ours. Written for vLLM 0.33.
 """
 
 from typing import Any
