@@ -96,6 +96,8 @@ def backward(
 
 def like(x: Tensor, result: Tensor) -> Tensor:
     """The result with the strides of empty_like(x), which the fake promises: compiled code relies on them."""
+    if x.is_contiguous() and result.is_contiguous():
+        return result
     promised = torch.empty_like(x)
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
