@@ -124,11 +124,14 @@ def forward(
         raise NotImplementedError("debug_mask: S_dmask is not in the form that PyTorch means")
     if num_splits:
         raise NotImplementedError("num_splits: flash_attn_varlen_func chooses them itself")
-    out = torch.empty_like(q) if out is None else out
     seed = ops.draw_seed(q.device) if dropout_p else None
     score = scale, causal, _side(window_size_left), _side(window_size_right), 0.0
     layout = cu_q, cu_k, seqused_k, block_table, None if cu_q is None else max_q
-    lse = ops.forward_into(q, k, v, out, *layout, alibi_slopes, seed, dropout_p, *score, False)
+    options = *layout, alibi_slopes, seed, dropout_p, *score, False
+    if out is None:
+        out, lse = ops.forward(q, k, v, *options)
+    else:
+        lse = ops.forward_into(q, k, v, out, *options)
     # PyTorch's two numbers of a generator's state: ours is one, the seed.
     state = q.new_zeros(2, dtype=torch.int64)
     if seed is not None:
@@ -188,14 +191,9 @@ def sdpa_forward(
     Its causal is bottom-right, as ours: F.scaled_dot_product_attention, whose own is top-left, asks for it
     only with as many queries as keys.
     """
-    out = torch.empty_like(q)
-    turned = [x.transpose(1, 2) for x in (q, k, v, out)]
-    lengths = q.shape[2], k.shape[2]
-    results = forward(
-        *turned[:3], None, None, *lengths, dropout_p, causal, debug_mask, scale=scale, out=turned[3]
-    )
-    _, lse, *others = results
-    return out, lse, None, None, *lengths, *others
+    turned, lengths = [x.transpose(1, 2) for x in (q, k, v)], (q.shape[2], k.shape[2])
+    out, lse, *others = forward(*turned, None, None, *lengths, dropout_p, causal, debug_mask, scale=scale)
+    return out.transpose(1, 2), lse, None, None, *lengths, *others
 
 
 def sdpa_backward(

@@ -142,6 +142,19 @@ def test_varlen_dynamic(kind) -> None:
         same(*results)
 
 
+def test_values_are_checked_when_it_runs(monkeypatch) -> None:
+    """The switch finds no values while it is traced."""
+    monkeypatch.setenv("MINI_FLASH_ATTENTION_CHECK", "1")
+    (q, k, v), starts, longest = packed()
+
+    def attention(starts: Tensor) -> Tensor:
+        return mini.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest)
+
+    torch.testing.assert_close(compiled(attention)(starts), attention(starts), **EXACT)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0"):
+        compiled(attention)(starts + 1)
+
+
 def test_unpad_in_the_graph() -> None:
     """How many tokens there are is known to the device only: unbacked sizes."""
 
