@@ -1,17 +1,19 @@
 """The attention functions, with the signatures and the semantics of flash_attn 2.x, and autograd."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mini_flash_attention import backend, checks
+from mini_flash_attention import backend, checks, ops
+from mini_flash_attention.gpu import fast
 from mini_flash_attention.problem import (
     Inputs,
     Layout,
+    Lengths,
+    Options,
     Problem,
     cache,
     dense,
@@ -23,29 +25,9 @@ KV = checks.OUR_NAMES | {"k": "kv", "v": "kv"}
 QKV = checks.OUR_NAMES | {"q": "qkv", "k": "qkv", "v": "qkv"}
 QKV |= {"cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens"}
 QKV |= {"max_seqlen_q": "max_seqlen", "max_seqlen_k": "max_seqlen"}
-P = ParamSpec("P")
-R = TypeVar("R")
+_grad_enabled = torch.is_grad_enabled  # every call asks
 
 
-_is_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled  # every call asks
-
-
-def _graph_break(function: Callable[P, R]) -> Callable[P, R]:
-    """Make torch.compile call the function instead of tracing it, as torch.compiler.disable does.
-
-    That one as a decorator would nearly double the time of the import.
-    """
-
-    @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@_graph_break
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -101,11 +83,9 @@ def flash_attn_func(
             create_graph=True (there are no second derivatives).
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = dense(q, k, v, options)
-    return _attention(problem, x, None, return_attn_probs)
+    return _dense(q, k, v, options, return_attn_probs, checks.OUR_NAMES)
 
 
-@_graph_break
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -126,11 +106,9 @@ def flash_attn_qkvpacked_func(
     """
     q, k, v = _unpack("qkv", qkv, "batch, seqlen, 3, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = dense(q, k, v, options, QKV)
-    return _attention(problem, x, None, return_attn_probs)
+    return _dense(q, k, v, options, return_attn_probs, QKV)
 
 
-@_graph_break
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -153,11 +131,9 @@ def flash_attn_kvpacked_func(
     """
     k, v = _unpack("kv", kv, "batch, seqlen, 2, heads, head_dim")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = dense(q, k, v, options, KV)
-    return _attention(problem, x, None, return_attn_probs)
+    return _dense(q, k, v, options, return_attn_probs, KV)
 
 
-@_graph_break
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -226,11 +202,9 @@ def flash_attn_varlen_func(
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
-    problem, x = varlen(q, k, v, lengths, options, out)
-    return _attention(problem, x, out, return_attn_probs)
+    return _varlen(q, k, v, lengths, options, out, return_attn_probs, checks.OUR_NAMES)
 
 
-@_graph_break
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -256,11 +230,9 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = _unpack("qkv", qkv, "total, 3, heads, head_dim")
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = varlen(q, k, v, lengths, options, None, QKV)
-    return _attention(problem, x, None, return_attn_probs)
+    return _varlen(q, k, v, lengths, options, None, return_attn_probs, QKV)
 
 
-@_graph_break
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -288,11 +260,9 @@ def flash_attn_varlen_kvpacked_func(
     k, v = _unpack("kv", kv, "total, 2, heads, head_dim")
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    problem, x = varlen(q, k, v, lengths, options, None, KV)
-    return _attention(problem, x, None, return_attn_probs)
+    return _varlen(q, k, v, lengths, options, None, return_attn_probs, KV)
 
 
-@_graph_break
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -365,11 +335,47 @@ def flash_attn_with_kvcache(
     options = (0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     new = (k, v, rotary_cos, rotary_sin, rotary_interleaved)
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
-    problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
     if return_softmax_lse is not False:
         return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
-    out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
+    if fast.is_watched(q, k_cache, v_cache):
+        out, lse = ops.cached(q, k_cache, v_cache, new, places, options, num_splits)
+    else:
+        problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
+        out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
+
+
+# Where somebody traces, watches or transforms a call, it is an operator.
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, return_attn_probs: bool, names: checks.Names
+) -> Output:
+    """names: what the caller calls the arguments."""
+    if fast.is_watched(q, k, v):
+        return ops.attention(q, k, v, ops.DENSE, options, None, return_attn_probs)
+    problem, x = dense(q, k, v, options, names)
+    return _attention(problem, x, None, return_attn_probs)
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    options: Options,
+    out: Tensor | None,
+    return_attn_probs: bool,
+    names: checks.Names,
+) -> Output:
+    """names: what the caller calls the arguments."""
+    if fast.is_watched(q, k, v):
+        cu_seqlens_q, cu_seqlens_k, longest, _, block_table, seqused_k = lengths
+        longest = None if isinstance(longest, Tensor) else longest
+        layout = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, longest)
+        return ops.attention(q, k, v, layout, options, out, return_attn_probs)
+    problem, x = varlen(q, k, v, lengths, options, out, names)
+    return _attention(problem, x, out, return_attn_probs)
 
 
 def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_probs: bool) -> Output:
@@ -424,7 +430,12 @@ class Attention(torch.autograd.Function):
         x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
         if dout is None:
             dout = torch.zeros_like(out)
-        return None, *backend.backward(ctx.problem, x, out, lse, dout, dlse), None, None, None
+        run = (
+            ops.run_backward
+            if fast.is_watched(dout, out, dout if dlse is None else dlse)
+            else backend.backward
+        )
+        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:
@@ -440,6 +451,5 @@ def _draw_seed(device: torch.device) -> int | Tensor:
     """Of 63 bits. A GPU's is drawn by its own generator and stays there, (1) int64: nothing waits for it, and
     a captured graph draws anew in each replay.
     """
-    if device.type == "cuda":
-        return torch.empty(1, dtype=torch.int64, device=device).random_()
-    return torch.randint(2**63 - 1, (), device="cpu").item()
+    seed = ops.draw_seed(device)
+    return seed if seed.is_cuda else seed.item()

@@ -131,6 +131,7 @@ def dropout_probabilities(problem: Problem, x: Inputs, lse: Tensor) -> Tensor:
 
 
 def on_cpu(function: Callable[..., Any], problem: Problem, *arguments: Any) -> Any:
-    """Without autocast, which would cast what the PyTorch operations compute."""
-    with torch.autocast(problem.device.type, enabled=False):
+    """Without autocast, which would cast what the PyTorch operations compute; meta tensors have none."""
+    device = "cpu" if problem.device.type == "meta" else problem.device.type
+    with torch.autocast(device, enabled=False):
         return function(problem, *arguments)

@@ -233,7 +233,8 @@ def packed(name: str, x: Tensor, dims: str) -> int:
     names = dims.split(", ")
     place = len(names) - 3
     fits = x.ndim == len(names) and x.shape[place] == int(names[place])
-    require(fits, f"{name} must have shape ({dims}), not {tuple(x.shape)}")
+    if not fits:  # torch.compile traces through here, and cannot write a size into a text
+        raise ValueError(f"{name} must have shape ({dims}), not {tuple(x.shape)}")
     return place
 
 

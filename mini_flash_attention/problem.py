@@ -183,7 +183,7 @@ def varlen(
     table = None if block_table is None else block_table.contiguous()
     packed_k = cu_seqlens_k.contiguous() if problem.packed_k else None
     layout = record(Layout, (cu_seqlens_q.contiguous(), packed_k, used, None, None, table, None))
-    if checks.of_values(q):
+    if checks.of_values(q) and problem.device.type != "meta":
         checks.values_of_varlen(problem, layout, lengths, len(k), names)
     return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout))
 

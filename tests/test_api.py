@@ -365,7 +365,7 @@ def test_torch_compile_leaves_lengths_and_caches_alone() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_costs_one_graph_break(backend) -> None:
+def test_torch_compile_breaks_no_graph(backend) -> None:
     def model(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
         qkv = (x @ weight).unflatten(-1, (3, 2, 8))
         return flash_attn_qkvpacked_func(qkv, causal=True, **options).square()
@@ -382,6 +382,6 @@ def test_torch_compile_costs_one_graph_break(backend) -> None:
             torch.testing.assert_close(gradients(out, compiled_tensors), gradients(expected, tensors))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, weight), model(x, weight))
-    assert torch._dynamo.explain(model)(x, weight).graph_break_count == 1
-    with pytest.raises(ValueError, match="softmax_scale"):
+    assert torch._dynamo.explain(model)(x, weight).graph_break_count == 0
+    with pytest.raises(Exception, match="softmax_scale"):  # wrapped by an error of torch.compile
         compiled(x, weight, softmax_scale=float("nan"))

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OPTIONAL = ["transformers"]
+AS_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 COMMAND = "python -m mini_flash_attention "
 
 
@@ -41,8 +43,12 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=name)
 def test_code_runs(page: Path) -> None:
     """A page's blocks in order, in one namespace; what they say of a GPU, where there is one."""
+    text = page.read_text(encoding="utf-8")
+    for library in OPTIONAL:
+        if re.search(rf"^from {library}\b", text, re.MULTILINE):
+            pytest.importorskip(library)
     namespace = {"__name__": "docs"}
-    with mock.patch.dict(os.environ):
+    with mock.patch.dict(os.environ, AS_TORCHRUN):
         for line, block in blocks(page, "python"):
             exec(compile("\n" * line + block, str(page), "exec"), namespace)
 

@@ -1,0 +1,182 @@
+"""Hugging Face Transformers: attn_implementation="mini_flash_attention".
+
+    from mini_flash_attention.integrations import transformers
+    transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="mini_flash_attention")
+
+All around attention (padding, packed position_ids, caches, continuous batching) stays Transformers' own: to
+it we are one of the FlashAttention packages, because our names hold "flash". It has no public way to be
+given a package's functions, so two private functions of it are wrapped. Tried with Transformers 5.17 and
+5.24.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mini_flash_attention as mini
+
+# With a 2 in the name continuous batching decodes by flash_attn_with_kvcache, on a GPU.
+NAMES = ["mini_flash_attention", "mini_flash_attention_2"]
+
+
+def register(also: Sequence[str] = ()) -> None:
+    """Make `attn_implementation="mini_flash_attention"` known. Called again, it adds what is new.
+
+    Args:
+        also: other names to serve, such as "flash_attention_2", for which Transformers then asks no package.
+
+    Raises:
+        ImportError: Transformers is not installed.
+    """
+    from transformers import AttentionInterface, PreTrainedModel, modeling_flash_attention_utils
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+    NAMES.extend(name for name in also if name not in NAMES)
+    for name in NAMES:
+        AttentionInterface.register(name, flash_attention_forward)
+        AttentionMaskInterface.register(name, flash_attention_mask)  # else padding is ignored, without a word
+        try:  # before 5.20 continuous batching had names of its own
+            from transformers.integrations.flash_paged import paged_attention_forward
+        except ImportError:
+            continue
+        AttentionInterface.register(f"paged|{name}", paged_attention_forward)
+        AttentionMaskInterface.register(f"paged|{name}", flash_attention_mask)
+    _wrap(modeling_flash_attention_utils, "_lazy_imports", _functions)
+    _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _keep_name)
+
+
+def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, "of_mini_flash_attention"):
+        wrapped = wraps(original)(around(original))
+        wrapped.of_mini_flash_attention = True
+        setattr(owner, name, wrapped)
+
+
+def _functions(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The functions of the package that an implementation's name stands for."""
+
+    def functions(implementation: str | None, *args: Any, **options: Any) -> Any:
+        if not _is_ours(implementation):
+            return load(implementation, *args, **options)
+        from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input
+
+        return flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, _pad_input, _unpad_input
+
+    return functions
+
+
+def _keep_name(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Models that list the implementations they know, as GPT-OSS does, would replace our name by another."""
+
+    def keep(self: Any, implementation: str | None, *args: Any, **options: Any) -> Any:
+        if not _is_ours(implementation):
+            return check(self, implementation, *args, **options)
+        from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+        lazy_import_flash_attention(implementation)
+        return implementation
+
+    return keep
+
+
+def _is_ours(name: str | None) -> bool:
+    return isinstance(name, str) and name.removeprefix("paged|") in NAMES
+
+
+# Transformers reads from the signatures what a package can do; what it does not find there it drops without
+# a word, # sinks included. max_seqlen_q has another name here: it would come as a tensor, at which
+# torch.compile breaks the graph.
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """mini_flash_attention.flash_attn_func with sinks. s_aux: (heads,)."""
+    options = dropout_p, softmax_scale, causal, window_size, softcap, None, deterministic
+    if s_aux is None:
+        return mini.flash_attn_func(q, k, v, *options)
+    out, lse = _out_and_lse(mini.flash_attn_func, q, k, v, *options)
+    return with_sinks(out, lse, s_aux)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    longest_q: int | None = None,
+    longest_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """mini_flash_attention.flash_attn_varlen_func with sinks. s_aux: (heads,)."""
+    longest = q.shape[0] if longest_q is None else longest_q
+    lengths = cu_seqlens_q.int(), cu_seqlens_k.int(), longest, k.shape[0]
+    options = dropout_p, softmax_scale, causal, window_size, softcap, None, deterministic
+    if s_aux is None:
+        return mini.flash_attn_varlen_func(q, k, v, *lengths, *options)
+    out, lse = _out_and_lse(mini.flash_attn_varlen_func, q, k, v, *lengths, *options)
+    return with_sinks(out, lse, s_aux)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """mini_flash_attention.flash_attn_with_kvcache with sinks. s_aux: (heads,)."""
+    options = dict(softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap)
+    places = dict(cache_seqlens=cache_seqlens, block_table=block_table)
+    with_lse = s_aux is not None
+    result = mini.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, **places, **options, return_softmax_lse=with_lse
+    )
+    return with_sinks(*result, s_aux) if with_lse else result
+
+
+def _out_and_lse(attention: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor]:
+    return attention(*arguments, return_attn_probs=True)[:2]
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """A sink adds exp(sink) to the denominator of its head's softmax: out shrinks by sigmoid(lse - sink).
+
+    Differentiable, as the LSE is.
+
+    Args:
+        out: (..., seqlen_q, heads, head_dim).
+        lse: (..., heads, seqlen_q).
+        sinks: (heads,).
+    """
+    kept = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
+    return (out * kept.transpose(-1, -2).unsqueeze(-1)).to(out.dtype)
