@@ -388,8 +388,8 @@ def attention(
     """flash_attn_func, and flash_attn_varlen_func with a layout. options: problem.Options."""
     _refuse(q=q, k=k, v=v)
     dropout_p, scale, causal, window_size, softcap, slopes, deterministic = options
-    if out is not None or layout[3] is not None:
-        checks.no_gradient("attention to pages, or into a given tensor,", q, k, v)
+    if (out is not None or layout[3] is not None) and torch.is_grad_enabled():
+        checks.no_gradient("attention to pages, or into a given tensor,", {"q": q, "k": k, "v": v})
     if slopes is not None:
         checks.facts_of_alibi(slopes)
     if dropout_p and return_attn_probs:
@@ -433,7 +433,10 @@ def cached(
     k, v, cos, sin, interleaved = new
     seqlens, *places = places
     _, scale, causal, window_size, softcap, slopes, _ = options
-    checks.no_gradient("flash_attn_with_kvcache", q, k_cache, v_cache, k, v)
+    if torch.is_grad_enabled():
+        given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+        given |= {"rotary_cos": cos, "rotary_sin": sin}
+        checks.no_gradient("flash_attn_with_kvcache", given)
     if _in_forward_mode(*(x for x in (q, k_cache, v_cache, k, v) if x is not None)):
         raise NotImplementedError("flash_attn_with_kvcache has no forward-mode derivative")
     on_device = isinstance(seqlens, Tensor)
@@ -483,14 +486,7 @@ def _window(window_size: Any) -> tuple[int, int]:
 def _refuse(**tensors: Tensor) -> None:
     """What no operator can take, by name, and what to do about it."""
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(checks.not_a_tensor(**{name: x}))
-        if x.is_nested:
-            raise TypeError(
-                f"{name} is a nested tensor: pass its values and offsets to flash_attn_varlen_func"
-            )
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name} has the layout {x.layout}: pass it .to_dense()")
+        checks.facts(name, x)
     register_sharding()
 
 

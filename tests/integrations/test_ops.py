@@ -151,7 +151,7 @@ def test_values_are_checked_when_it_runs(monkeypatch) -> None:
         return mini.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest)
 
     torch.testing.assert_close(compiled(attention)(starts), attention(starts), **EXACT)
-    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0"):
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
         compiled(attention)(starts + 1)
 
 
