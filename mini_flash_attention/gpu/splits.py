@@ -20,8 +20,8 @@ START = 0.5  # another thread block for each SM
 UNEVEN = 0.16  # of the time that all need together, if some SMs have a thread block more than others
 MERGE, MERGE_SPLIT = 1.4, 0.03  # of all splits, and of each
 COMBINE = 4.0  # instead of MERGE, if another kernel does it
-# A decode kernel without all that: up to 16 rows of a tile, and more; a forward kernel.
-DECODE_BASE, DECODE_BASE_WIDE, FORWARD_BASE = 3.5, 8.0, 4.5
+# A decode kernel without all that: up to 16 rows of a tile, and more; a forward kernel, and each of its tiles.
+DECODE_BASE, DECODE_BASE_WIDE, FORWARD_BASE, FORWARD_TILE = 3.5, 8.0, 3.1, 1.4
 # What a thread block of 128 rows of the forward kernels reaches, with mma.sync and with wgmma.
 FORWARD_MMA, FORWARD_WGMMA = 2.65e6, 5.8e6
 FORWARD_TILE_M = 128
@@ -84,7 +84,7 @@ def best_splits(x: Decoding, num_sms: int) -> int:
 def forward_time(x: Decoding, tiles: int, wgmma: bool, num_sms: int) -> float:
     """In µs: of the forward kernels for the same work, in so many tiles of FORWARD_TILE_M rows."""
     flops, rate = 4 * FORWARD_TILE_M * x.keys * x.head_dim, FORWARD_WGMMA if wgmma else FORWARD_MMA
-    alone = -(-tiles // num_sms) * (FORWARD_BASE + flops / rate)
+    alone = FORWARD_BASE + -(-tiles // num_sms) * (FORWARD_TILE + flops / rate)
     together = x.storages * x.keys * 4 * x.head_dim / (num_sms * BANDWIDTH_OF_SM)
     return (alone**3 + together**3) ** (1 / 3)
 
