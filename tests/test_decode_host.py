@@ -228,6 +228,7 @@ def test_few_queries_are_decoded_many_are_not(monkeypatch: pytest.MonkeyPatch) -
     assert pays() and pays("sm80") and pays(batch=1000) and pays(seqlen_q=4, batch=1000)
     assert pays(seqlen_q=16, heads_q=128, heads_k=1)
     assert not pays(seqlen_q=4096) and not pays("sm80", seqlen_q=8192)
+    assert not pays(batch=2, seqlen_q=4096, seqlen_k=77, heads_q=10, heads_k=10, head_dim=64)  # 16 µs, not 30
     packed = {"packed_q": True, "seqlen_q": 1024, "batch": 64}
     assert pays(**packed, max_seqlen_q=16)
     assert not pays(**packed, max_seqlen_q=1024 - 63, heads_q=8)  # mostly one sequence

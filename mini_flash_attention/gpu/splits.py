@@ -20,7 +20,7 @@ START = 0.5  # another thread block for each SM
 UNEVEN = 0.16  # of the time that all need together, if some SMs have a thread block more than others
 MERGE, MERGE_SPLIT = 1.4, 0.03  # of all splits, and of each
 COMBINE = 4.0  # instead of MERGE, if another kernel does it
-# A decode kernel without all that: up to 16 rows of a tile, and more; a forward kernel, and each of its tiles.
+# A decode kernel without all that: up to 16 rows of a tile, and more; a forward kernel, each of its tiles.
 DECODE_BASE, DECODE_BASE_WIDE, FORWARD_BASE, FORWARD_TILE = 3.5, 8.0, 3.1, 1.4
 # What a thread block of 128 rows of the forward kernels reaches, with mma.sync and with wgmma.
 FORWARD_MMA, FORWARD_WGMMA = 2.65e6, 5.8e6
