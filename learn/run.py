@@ -425,6 +425,7 @@ def tflops(speed: float) -> str:
 def measured(step: Step, table: list[dict]) -> str:
     """What a step's page says of its speed."""
     speed = {(row["step"], int(row["seqlen"])): float(row["tflops"]) for row in table}
+    ms = {(row["step"], int(row["seqlen"])): float(row["ms"]) for row in table}  # not rounded as much
     name, longest = step.key, TIMED[0][1]
     before = next((s.key for s in steps() if s.number == step.number - 1), ""), longest
     if (name, longest) not in speed:
@@ -435,7 +436,8 @@ def measured(step: Step, table: list[dict]) -> str:
             parts.append(f"{tflops(speed[name, seqlen])} TFLOP/s at {seqlen:,} tokens")
     text = "**Measured.** " + ", ".join(parts)
     if before in speed:
-        text += f"; at {longest:,} {speed[name, longest] / speed[before]:.3g} times step {step.number - 1}"
+        ratio = ms[before] / ms[name, longest] / (2 if step.causal else 1)
+        text += f"; at {longest:,} {ratio:.3g} times step {step.number - 1}"
     if step.causal:
         text += " (which computes the whole matrix, and is counted as such)"
     right = next(row["shapes_right"] for row in table if row["step"] == name)

@@ -170,6 +170,13 @@ MEASURED = [
 ]
 
 
+def test_a_window_of_packed_keys_is_that_of_each_sequence() -> None:
+    call = replace(CALL, batch=8, window_left=8191)
+    packed = replace(call, packed_k=True, seqlen_k=8 * 32768)
+    row = plans.decode_config(call, "sm_90a")
+    assert plans.decoding(packed, row) == plans.decoding(replace(call, seqlen_k=32768), row)
+
+
 @pytest.mark.parametrize(("shape", "decode", "forward"), MEASURED, ids=str)
 def test_the_faster_kernels_are_chosen(
     shape: tuple[int, ...], decode: float, forward: float, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +234,7 @@ def test_few_queries_are_decoded_many_are_not(monkeypatch: pytest.MonkeyPatch) -
 
     assert pays() and pays("sm80") and pays(batch=1000) and pays(seqlen_q=4, batch=1000)
     assert pays(seqlen_q=16, heads_q=128, heads_k=1)
+    assert pays(batch=4096, heads_q=64) and pays(batch=600, seqlen_q=4, heads_q=64)
     assert not pays(seqlen_q=4096) and not pays("sm80", seqlen_q=8192)
     assert not pays(batch=2, seqlen_q=4096, seqlen_k=77, heads_q=10, heads_k=10, head_dim=64)  # 16 µs, not 30
     packed = {"packed_q": True, "seqlen_q": 1024, "batch": 64}

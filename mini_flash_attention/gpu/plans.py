@@ -276,9 +276,11 @@ def swath(row: config.ForwardConfig, problem: Problem, num_sms: int) -> int:
 
 def heads_per_tile(problem: Problem, row: config.BackwardConfig) -> int:
     """Query heads of a group that a thread block of the backward pass walks."""
+    if problem.ragged and problem.batch * problem.seqlen_k * row.head_dim >= 1 << 31:
+        return problem.group  # the sums of dK and dV would lie beyond what 32 bits address in a head
     steps, key_blocks = -(-problem.longest_q // row.tile_m), -(-problem.seqlen_k // row.tile_n)
-    if problem.window_left is not None:
-        seen = problem.window_left + (problem.window_right or 0) + row.tile_n
+    if problem.window_left is not None and problem.window_right is not None:
+        seen = problem.window_left + problem.window_right + row.tile_n
         steps = min(steps, -(-seen // row.tile_m))
     if not problem.packed_k:
         key_blocks *= problem.batch
@@ -291,10 +293,10 @@ def heads_per_tile(problem: Problem, row: config.BackwardConfig) -> int:
 def decoding(problem: Problem, row: config.Decode) -> splits.Decoding:
     """Of what size the work is."""
     rows, keys = min(problem.longest_q * problem.group, row.tile_m), problem.seqlen_k
-    if problem.window_left is not None:
-        keys = min(keys, problem.window_left + problem.longest_q)
     if problem.packed_k:  # of all sequences
         keys = -(-keys // problem.batch)
+    if problem.window_left is not None:
+        keys = min(keys, problem.window_left + problem.longest_q)
     tiles, storages = decode_tiles(problem, row.tile_m), problem.batch * problem.heads_k
     of_row = row.head_dim, row.tile_n, row.resident, row.can_merge and not problem.packed_q
     return splits.Decoding(tiles, storages, rows, keys, *of_row)
@@ -316,8 +318,6 @@ def fused_tiles(problem: Problem, row: config.Decode, num_splits: int) -> int:
 def decoding_pays(problem: Problem, row: config.Decode, path: str) -> bool:
     """Whether the decode kernels take less time than the forward kernels, by the models of both."""
     num_sms, work = sms(problem), decoding(problem, row)
-    if work.tiles * row.tile_m > 16 * num_sms * splits.FORWARD_TILE_M:  # many queries: no need to ask
-        return False
     tiles = problem.heads_q * tiles_of(problem, 1, splits.FORWARD_TILE_M)
     forward = splits.forward_time(work, tiles, path == "sm90", num_sms)
     return splits.decode_time(work, splits.best_splits(work, num_sms), num_sms) < forward

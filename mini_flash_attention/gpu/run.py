@@ -16,7 +16,7 @@ DENSE = Layout()  # every sequence has a row of k, and fills it
 def forward(
     plan: AttentionPlan, problem: Problem, x: Inputs, out: Tensor | None, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """backend.forward. Rows of q that are in no sequence have no result."""
+    """backend.forward. Rows of q that are in no sequence are 0, their LSE -inf."""
     layout = x.layout
     if layout is None and type(plan) is DecodePlan:
         layout = DENSE

@@ -25,7 +25,7 @@ DECODE_BASE, DECODE_BASE_WIDE, FORWARD_BASE, FORWARD_TILE = 3.5, 8.0, 3.1, 1.4
 # What a thread block of 128 rows of the forward kernels reaches, with mma.sync and with wgmma.
 FORWARD_MMA, FORWARD_WGMMA = 2.65e6, 5.8e6
 FORWARD_TILE_M = 128
-# Of a thread block of the backward pass on an H100 (docs/worklog.md), in the time that a query block takes.
+# Of a thread block of the backward pass on an H200 (docs/worklog.md), in the time that a query block takes.
 TILE_START = 2.0
 TILE_SHARES = 1.5  # adding its dK and dV in float32, for a square tile
 LAST_TILES = 0.25  # of the longest tile: how long SMs are idle at the end, if tiles are of different length

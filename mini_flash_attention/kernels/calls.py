@@ -112,8 +112,8 @@ class Backward(NamedTuple):
     dropout: Dropout | None
     mTurns: Tensor  # (b, h, m_blocks) int32 if deterministic, else (1, 1, 1)
     heads_per_tile: Int32  # query heads that a thread block walks: all of a group, or some
-    mdKVacc: Tensor  # (2, b, hk, n_blocks, tile_n * d) float32: dK and dV of tiles that share a group
-    mKeyTurns: Tensor  # (b, hk, n_blocks) int32, like mTurns; both are empty where no group is shared
+    mdKVacc: Tensor  # (2, b, hk, n_blocks, tile_n * d) float32: dK, dV; no heads if no tiles share a group
+    mKeyTurns: Tensor  # (b, hk, n_blocks) int32 if deterministic, else (1, 1, 1)
     num_sms: Int32 | None = None  # sm90: thread blocks that run at once
 
 

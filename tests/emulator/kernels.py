@@ -115,10 +115,11 @@ def backward(
     num_sms: int = 2,
     heads_per_tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv"""
+    """dq, dk, dv; heads_per_tile: query heads of a group that a thread block walks."""
     batch = q.shape[0] if sequences is None else sequences.batch
     shared = k.shape[2] * (heads_per_tile * k.shape[2] < q.shape[2])
-    space = config.workspace(row, batch, q.shape[1:3], (k.shape[1], shared), sequences is not None)
+    packed_k = sequences is not None and bool(sequences.given & calls.CU_SEQLENS_K)
+    space = config.workspace(row, batch, q.shape[1:3], (k.shape[1], shared), packed_k)
     stats, dq_acc, dkv_acc = (torch.empty(shape) for shape in (space.stats, space.dq_acc, space.dkv_acc))
     turns, key_turns = (torch.empty(shape, dtype=torch.int32) for shape in (space.turns, space.key_turns))
     gradients = [torch.empty_like(x) for x in (q, k, v)]

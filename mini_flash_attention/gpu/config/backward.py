@@ -65,7 +65,7 @@ class BackwardSm90:
     dtype: str
     head_dim: int
     mask: str
-    deterministic: bool  # dQ is summed up in a fixed order
+    deterministic: bool  # dQ, and dK and dV of shared groups, are summed up in a fixed order
     tile_m: int  # queries of a block
     tile_n: int  # keys of a thread block
     dq_piece: tuple[int, int]  # (rows, columns) of a block's dQ that are added to dq_acc at a time
@@ -155,7 +155,7 @@ class BackwardSm80:
     dtype: str
     head_dim: int
     mask: str
-    deterministic: bool  # dQ is summed up in a fixed order
+    deterministic: bool  # dQ, and dK and dV of shared groups, are summed up in a fixed order
     tile_m: int  # queries of a block
     tile_n: int  # keys of a thread block: 16 or 32 for each pair of warps
     warps: int
