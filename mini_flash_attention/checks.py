@@ -401,6 +401,8 @@ def values_of_cache(
         rows = layout.batch_idx.tolist()
         last = (shape if layout.block_table is None else layout.block_table.shape)[0] - 1
         _check_range("cache_batch_idx", rows, [last] * batch)
+        if update is not None:
+            require(len({*rows}) == batch, "cache_batch_idx: k and v are appended to one sequence twice")
     if layout.block_table is not None:
         _check_pages(problem, layout, rows, starts, ends, shape[0])
     if update is not None and update.rotary_cos is not None:

@@ -50,7 +50,9 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 # Attention to dense and to packed tensors. `options` are those of the schema, in its order.
 
 
-def call_of(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, Inputs]:
+def call_of(
+    q: Tensor, k: Tensor, v: Tensor, *options: Any, out: Tensor | None = None
+) -> tuple[Problem, Inputs]:
     cu_seqlens_q, cu_seqlens_k, seqused_k, table, longest, slopes, seed, dropout_p, *score, deterministic = (
         options
     )
@@ -60,9 +62,10 @@ def call_of(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, In
         facts, x = problem.dense(q, k, v, options)
     else:
         longest = q.shape[0] if longest is None else longest
-        lengths = cu_seqlens_q, cu_seqlens_k, longest, k.shape[0], table, seqused_k
+        longest_k = k.shape[0] if table is None else table.shape[1] * k.shape[1]
+        lengths = cu_seqlens_q, cu_seqlens_k, longest, longest_k, table, seqused_k
         with torch.no_grad():  # whoever called has asked for what requires a gradient
-            facts, x = problem.varlen(q, k, v, lengths, options, None)
+            facts, x = problem.varlen(q, k, v, lengths, options, out)
     if seed is not None:  # as `api` draws it: a number, or one on the GPU
         x = x._replace(seed=seed if seed.is_cuda else seed.item())
     return facts, x
@@ -75,7 +78,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
 
 
 def forward_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any) -> Tensor:
-    return backend.forward(*call_of(q, k, v, *options), out)[1]
+    return backend.forward(*call_of(q, k, v, *options, out=out), out)[1]
 
 
 def backward(
@@ -116,7 +119,7 @@ def _check(*arguments: Any) -> None:
 
 def fake_forward_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any) -> Tensor:
     pin(out)
-    return fake_forward(q, k, v, *options)[1]
+    return fake_forward(q, k, v, *options)[1]  # whether out overlaps the others only memory can tell
 
 
 def fake_backward(
@@ -291,24 +294,35 @@ define(
 # FLOPs, as torch.utils.flop_counter.FlopCounterMode asks for them
 
 
-def _flops(q: Sequence[int], k: Sequence[int], options: tuple[Any, ...]) -> int:
-    """4·B·H·Sq·Sk·D, halved when causal; of packed sequences a bound, as only the totals are known here."""
-    causal, right = options[9], options[11]
+def _flops(q: Sequence[int], seqlen_k: int, causal: bool, right: int) -> int:
+    """4·B·H·Sq·Sk·D, less the triangle that causal leaves out: of as many queries as keys, half.
+
+    A bound where the lengths are on the device: of packed sequences only the totals are known here, of a
+    cache only its capacity.
+    """
     batch, seqlen_q, heads, head_dim = (1, *q)[-4:]
-    count = 4 * batch * heads * seqlen_q * (k[0] if len(k) == 3 else k[1]) * head_dim
-    return count // 2 if causal or right == 0 else count
+    pairs = 2 * seqlen_q * seqlen_k
+    if causal or right == 0:  # the last query is on the diagonal of the last key
+        pairs = seqlen_k**2 if seqlen_q > seqlen_k else pairs - seqlen_q**2
+    return 2 * batch * heads * pairs * head_dim
+
+
+def _flops_of_attention(q: Sequence[int], k: Sequence[int], options: tuple[Any, ...]) -> int:
+    table = options[3]
+    seqlen_k = k[0] if len(k) == 3 else k[1] if table is None else table[1] * k[1]
+    return _flops(q, seqlen_k, options[9], options[11])
 
 
 @register_flop_formula(OPERATORS.forward)
 def flops_of_forward(q: Any, k: Any, v: Any, *options: Any, out_shape: Any = None, **_: Any) -> int:
-    return _flops(q, k, options)
+    return _flops_of_attention(q, k, options)
 
 
 @register_flop_formula(OPERATORS.forward_into)
 def flops_of_forward_into(
     q: Any, k: Any, v: Any, out: Any, *options: Any, out_shape: Any = None, **_: Any
 ) -> int:
-    return _flops(q, k, options)
+    return _flops_of_attention(q, k, options)
 
 
 @register_flop_formula(OPERATORS.backward)
@@ -324,7 +338,34 @@ def flops_of_backward(
     out_shape: Any = None,
     **_: Any,
 ) -> int:
-    return _flops(q, k, options) * 5 // 2
+    return _flops_of_attention(q, k, options) * 5 // 2
+
+
+@register_flop_formula(OPERATORS.cache)
+def flops_of_cache(q: Any, k_cache: Any, v_cache: Any, *options: Any, out_shape: Any = None, **_: Any) -> int:
+    length, table, causal, right = options[1], options[4], options[7], options[9]
+    capacity = k_cache[1] if table is None else table[1] * k_cache[1]
+    return _flops(q, capacity if length is None else length, causal, right)
+
+
+@register_flop_formula(OPERATORS.cache_append)
+def flops_of_cache_append(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    cos: Any,
+    sin: Any,
+    interleaved: bool,
+    seqlens: Any,
+    length: int | None,
+    *options: Any,
+    out_shape: Any = None,
+    **_: Any,
+) -> int:
+    length = None if length is None else length + k[1]
+    return flops_of_cache(q, k_cache, v_cache, seqlens, length, *options)
 
 
 # Tensor parallelism
@@ -344,12 +385,17 @@ def register_sharding() -> None:
 
     whole, batch, heads, heads_of_lse = Replicate(), Shard(0), Shard(2), Shard(1)
 
+    def divides(q: Any, k: Any) -> bool:
+        """Whether each process gets the key heads of its query heads."""
+        return q.shape[2] == k.shape[2] or k.shape[2] % k.mesh.size() == 0
+
     @register(OPERATORS.forward.default)
     def of_forward(q: Any, k: Any, v: Any, *options: Any) -> list[Any]:
         rest, dense = [None] * len(options), options[0] is None
         ways = [([whole] * 2, [*[whole] * 3, *rest])]
         if dense:
             ways.append(([batch] * 2, [*[batch] * 3, *rest]))
+        if dense and divides(q, k):
             ways.append(([heads, heads_of_lse], [*[heads] * 3, *rest]))
         return ways
 
@@ -364,12 +410,14 @@ def register_sharding() -> None:
 
         ways = [way(whole, whole)]
         if options[0] is None:
-            ways += [way(batch, batch), way(heads, heads_of_lse)]
+            ways.append(way(batch, batch))
+            if divides(q, k):
+                ways.append(way(heads, heads_of_lse))
         return ways
 
 
-# torch.compile calls it, instead of tracing it: what torch.compiler.assume_constant_result sets, after an
-# import # of the whole compiler.
+# torch.compile calls it instead of tracing it. torch.compiler.assume_constant_result sets the same, but
+# imports the whole compiler for it.
 register_sharding._dynamo_marked_constant = True
 
 
@@ -389,15 +437,21 @@ def attention(
     _refuse(q=q, k=k, v=v)
     dropout_p, scale, causal, window_size, softcap, slopes, deterministic = options
     if (out is not None or layout[3] is not None) and torch.is_grad_enabled():
-        checks.no_gradient("attention to pages, or into a given tensor,", {"q": q, "k": k, "v": v})
+        given = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out})
+        checks.no_gradient("attention to pages, or into a given tensor,", given)
     if slopes is not None:
         checks.facts_of_alibi(slopes)
+        if hasattr(q, "to_local"):
+            raise NotImplementedError(
+                "alibi_slopes: not of a DTensor, whose parts would not know their heads"
+            )
     if dropout_p and return_attn_probs:
         raise NotImplementedError("return_attn_probs: S_dmask is for tests of plain calls")
     if dropout_p and hasattr(q, "to_local"):
         raise NotImplementedError("dropout_p: not of a DTensor, whose parts would all drop the same elements")
     left, right = _window(window_size)
-    score = scale, bool(causal), left, right, softcap
+    score = scale, _flag("causal", causal), left, right, softcap
+    return_attn_probs = _flag("return_attn_probs", return_attn_probs)
     forward_mode = _in_forward_mode(q, k, v)
     if forward_mode and out is not None:
         raise NotImplementedError("out: attention into a given tensor has no forward-mode derivative")
@@ -407,7 +461,7 @@ def attention(
             "it with PyTorch operations"
         )
     seed = draw_seed(q.device) if dropout_p else None
-    options = *layout, slopes, seed, dropout_p, *score, bool(deterministic)
+    options = *layout, slopes, seed, dropout_p, *score, _flag("deterministic", deterministic)
     if out is not None:
         lse = OPERATORS.forward_into(q, k, v, out, *options)
     elif forward_mode:  # PyTorch differentiates the operations of the CPU backend
@@ -441,7 +495,7 @@ def cached(
         raise NotImplementedError("flash_attn_with_kvcache has no forward-mode derivative")
     on_device = isinstance(seqlens, Tensor)
     left, right = _window(window_size)
-    score = scale, bool(causal), left, right, softcap
+    score = scale, _flag("causal", causal), left, right, softcap
     options = (seqlens, None) if on_device else (None, seqlens)
     options = *options, *places, slopes, *score, num_splits
     if k is None and v is None:
@@ -449,7 +503,9 @@ def cached(
         return OPERATORS.cache(q, k_cache, v_cache, *options)
     if k is None or v is None:
         raise ValueError("k and v must be given together")
-    return OPERATORS.cache_append(q, k_cache, v_cache, k, v, cos, sin, bool(interleaved), *options)
+    return OPERATORS.cache_append(
+        q, k_cache, v_cache, k, v, cos, sin, _flag("rotary_interleaved", interleaved), *options
+    )
 
 
 def run_backward(
@@ -481,6 +537,10 @@ def _window(window_size: Any) -> tuple[int, int]:
         window_size = checks.pair(window_size)
     left, right = window_size
     return -1 if left is None else left, -1 if right is None else right
+
+
+def _flag(name: str, value: bool) -> bool:
+    return value if type(value) is bool else checks.flag(name, value)
 
 
 def _refuse(**tensors: Tensor) -> None:

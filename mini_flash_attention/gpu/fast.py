@@ -1,6 +1,6 @@
 """Every private shortcut into PyTorch, with the host time that it saves a call and what does without it.
 
-All that is needed of PyTorch beyond its public functions. Times: an H100 machine, docs/worklog.md.
+All that a call of ours needs of PyTorch beyond its public functions. Times: an H100 machine, docs/worklog.md.
 """
 
 import torch
@@ -53,6 +53,7 @@ def is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         or transforms()
         or forward_ad._current_level >= 0
         or _is_tracing()
+        or q.is_meta
     )
 
 

@@ -54,7 +54,8 @@ def ring_attention(
         v: like k.
         causal: a query sees no key behind it. Without, any division of the tokens will do.
         softmax_scale: None is 1 / sqrt(head_dim).
-        cu_seqlens: int32 (batch + 1,) of packed tokens: where the sequences start in what this rank holds.
+        cu_seqlens: int32 (batch + 1,) of packed tokens: where the sequences start in what this rank holds,
+            and the number of its tokens. With causal each has an even number of tokens on a rank.
         group: the processes of the ring; None: all.
         return_lse: return (out, lse).
 
@@ -68,6 +69,10 @@ def ring_attention(
         )
     if (q.ndim == 3) != (cu_seqlens is not None):
         raise ValueError("cu_seqlens must be given with packed q, k and v, and with these only")
+    if causal and q.shape[-3] % 2:
+        raise ValueError(
+            f"causal: a rank must hold as many tokens of the start as of the end, not {q.shape[-3]} in all"
+        )
     out, lse = Ring.apply(*(x.contiguous() for x in (q, k, v)), cu_seqlens, causal, softmax_scale, group)
     return (out, lse) if return_lse else out
 
@@ -81,11 +86,15 @@ def ulysses(
         q: (batch, seqlen / world, heads, head_dim): chunk `rank` of the tokens; heads is a multiple of world.
         k: (batch, seqlen / world, heads_k, head_dim); heads_k is a multiple of world, or a divisor of it.
         v: like k.
-        options: any of `flash_attn_func`, windows included.
+        options: any of `flash_attn_func`, windows included, alibi_slopes of all heads; but no dropout_p,
+            whose mask each rank would draw for itself, and no return_attn_probs.
 
     Returns:
         out: like q.
     """
+    for name in ("dropout_p", "return_attn_probs"):
+        if options.get(name):
+            raise NotImplementedError(f"{name}: not in ulysses")
     group = group or dist.group.WORLD
     world, heads_k = dist.get_world_size(group), k.shape[2]
     if q.shape[2] % world:
@@ -96,6 +105,8 @@ def ulysses(
         )
     if heads_k % world:
         k, v = (x.repeat_interleave(world // heads_k, 2) for x in (k, v))
+    if options.get("alibi_slopes") is not None:
+        options["alibi_slopes"] = options["alibi_slopes"].chunk(world, -1)[dist.get_rank(group)]
     q, k, v = (exchange(x, 2, 1, group) for x in (q, k, v))
     return exchange(flash_attn_func(q, k, v, **options), 1, 2, group)
 
@@ -144,8 +155,7 @@ def steps(q: Tensor, cu_seqlens: Tensor | None, causal: bool, rank: int, world: 
     """Which queries of `rank` see which of the keys that are there in each step.
 
     Step i has the keys of rank - i. Of a rank before: all queries see its first half, and none its second.
-    Of a rank
-    behind: the second half of the queries sees all its keys, and the first none.
+    Of a rank behind: the second half of the queries sees all its keys, and the first none.
     """
     every = Part(slice(None), cu_seqlens)
     if not causal:
@@ -216,6 +226,8 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """By the out and the LSE of all keys: P = exp(S - lse) is then the whole softmax's part."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("attention has no second derivative: create_graph must be False")
         q, k, v, out, lse = ctx.saved_tensors
         keys = [k, v]
         dq = torch.zeros_like(q, dtype=lse.dtype)

@@ -1,8 +1,8 @@
 """PyTorch's own attention by our kernels: F.scaled_dot_product_attention and all that is built on it.
 
     from mini_flash_attention.integrations import sdpa
-    sdpa.activate()    # or: sdpa.register(), and later
-    torch.nn.attention.activate_flash_attention_impl("MINI") sdpa.restore()
+    sdpa.activate()  # or: sdpa.register(), later torch.nn.attention.activate_flash_attention_impl("MINI")
+    sdpa.restore()
 
 Served are F.scaled_dot_product_attention, torch.nn.attention.varlen, nested tensors, torch.compile of these
 and PyTorch's context_parallel. What we cannot serve runs by the kernel that was there before. Needs PyTorch
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mini_flash_attention import ops
+from mini_flash_attention import backend, ops
 
 NAME = "MINI"
 
@@ -41,15 +41,17 @@ def activate() -> "Hook":
     Returns:
         What is active: its `calls` counts the calls that our kernels served, by operator.
     """
+    register()
     from torch.nn.attention import _registry, activate_flash_attention_impl
 
-    register()
+    if torch.cuda.is_available():  # what is missing is missed here, not in the first call
+        backend.choose(torch.device("cuda"), backend.forced_backend())
     activate_flash_attention_impl(NAME)
     return _registry._FLASH_ATTENTION_ACTIVE[1]
 
 
 def restore() -> None:
-    """PyTorch's attention by its own kernels again."""
+    """PyTorch's attention by its own kernels again. Not between a forward pass and its backward."""
     from torch.nn.attention import restore_flash_attention_impl
 
     restore_flash_attention_impl()
@@ -60,16 +62,15 @@ class Hook:
 
     def __init__(self, key: str = "CUDA") -> None:
         self.calls: Counter[str] = Counter()
-        self.cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(False)
         self.library = torch.library.Library("aten", "IMPL", key)
         for name, kernel in KERNELS.items():
             if hasattr(torch.ops.aten, name):
-                with (
-                    warnings.catch_warnings()
-                ):  # "Overriding a previously registered kernel": that is the point
+                with warnings.catch_warnings():
+                    # "Overriding a previously registered kernel": that is the point
                     warnings.simplefilter("ignore")
                     self.library.impl(name, self.served(name, kernel, key), key, with_keyset=True)
+        self.cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def served(self, name: str, kernel: Callable[..., Any], key: str) -> Callable[..., Any]:
         """The kernel, and where it refuses the one that was there before."""
@@ -120,6 +121,10 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """_flash_attention_forward, of (batch, seqlen, heads, head_dim) or of packed sequences."""
+    if dropout_p and (debug_mask or num_splits):  # PyTorch's kernel would run, and our backward draw anew
+        raise ValueError("dropout_p: not with debug_mask or num_splits while integrations.sdpa is active")
+    if alibi_slopes is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("alibi_slopes: PyTorch's backward does not get them; call flash_attn_varlen_func")
     if debug_mask:
         raise NotImplementedError("debug_mask: S_dmask is not in the form that PyTorch means")
     if num_splits:
@@ -166,9 +171,8 @@ def backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:
     """_flash_attention_backward."""
-    cu_q, cu_k = (
-        None if x is None or not x.numel() else x for x in (cu_q, cu_k)
-    )  # autograd saves None as empty
+    # Autograd saves None as an empty tensor.
+    cu_q, cu_k = (None if x is None or not x.numel() else x for x in (cu_q, cu_k))
     layout = cu_q, cu_k, None, None, None if cu_q is None else max_q
     seed = state.view(torch.int64)[:1] if dropout_p else None
     score = scale, causal, _side(window_size_left), _side(window_size_right), 0.0

@@ -79,6 +79,10 @@ def _keep_name(check: Callable[..., Any]) -> Callable[..., Any]:
             return check(self, implementation, *args, **options)
         from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
+        if not self._supports_flash_attn:  # what it adds to the scores would be left out without a word
+            raise ValueError(
+                f"{type(self).__name__} does not support FlashAttention, so neither {implementation}"
+            )
         lazy_import_flash_attention(implementation)
         return implementation
 
@@ -90,8 +94,8 @@ def _is_ours(name: str | None) -> bool:
 
 
 # Transformers reads from the signatures what a package can do; what it does not find there it drops without
-# a word, # sinks included. max_seqlen_q has another name here: it would come as a tensor, at which
-# torch.compile breaks the graph.
+# a word, sinks included. There is no max_seqlen_q: it would come as a tensor, at which torch.compile breaks
+# the graph; the number of all tokens is a bound that needs no device.
 
 
 def flash_attn_func(
@@ -120,8 +124,6 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    longest_q: int | None = None,
-    longest_k: int | None = None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -131,8 +133,7 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
 ) -> Tensor:
     """mini_flash_attention.flash_attn_varlen_func with sinks. s_aux: (heads,)."""
-    longest = q.shape[0] if longest_q is None else longest_q
-    lengths = cu_seqlens_q.int(), cu_seqlens_k.int(), longest, k.shape[0]
+    lengths = cu_seqlens_q.int(), cu_seqlens_k.int(), q.shape[0], k.shape[0]
     options = dropout_p, softmax_scale, causal, window_size, softcap, None, deterministic
     if s_aux is None:
         return mini.flash_attn_varlen_func(q, k, v, *lengths, *options)

@@ -69,6 +69,20 @@ def check_ulysses(rank: int, world: int) -> None:
         )
     with pytest.raises(ValueError, match="heads of q"):
         ulysses(*(x[:, :, :1] for x in make(2, 48)))
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.01])
+    compare(
+        lambda *t: ulysses(*t, alibi_slopes=slopes),
+        lambda *t: mini.flash_attn_func(*t, alibi_slopes=slopes),
+        make(2, 48),
+        lambda x: x.chunk(world, 1)[rank],
+    )
+    with pytest.raises(NotImplementedError, match="dropout_p"):
+        ulysses(*make(2, 48), dropout_p=0.1)
+    with pytest.raises(ValueError, match="causal"):
+        ring_attention(*make(2, 7), causal=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        tensors = make(2, 8)
+        torch.autograd.grad(ring_attention(*tensors).sum(), tensors, create_graph=True)
 
 
 def check_context_parallel_of_pytorch(rank: int, world: int) -> None:

@@ -62,6 +62,13 @@ def check_dtensor(rank: int, world: int) -> None:
                 torch.testing.assert_close(x.grad.full_tensor(), y.grad, rtol=1e-5, atol=1e-5)
     with pytest.raises(NotImplementedError, match="dropout_p"):
         mini.flash_attn_func(*parts, dropout_p=0.5)
+    with pytest.raises(NotImplementedError, match="alibi_slopes"):
+        mini.flash_attn_func(*parts, alibi_slopes=torch.rand(4))
+    # Three key heads cannot be halved: 6 query heads each would meet the keys of others.
+    tensors = [torch.randn(2, 9, heads, 16) for heads in (12, 3, 3)]
+    parts = [distribute_tensor(x, mesh, [Shard(2)]) for x in tensors]
+    out, wanted = (attention(*x) for x in (parts, tensors))
+    torch.testing.assert_close(out.full_tensor(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def check_result_on_its_way(rank: int, world: int) -> None:

@@ -484,6 +484,28 @@ def test_counts_flops(causal) -> None:
     assert counter.get_total_flops() == forward * 5 // 2
 
 
+def test_counts_pairs_that_are_seen() -> None:
+    """Of other lengths than q's, pages and caches: what lies under the diagonal, or in the storage."""
+
+    def count(function: Callable[..., Any], *tensors: Tensor, **options: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function(*tensors, **options)
+        return counter.get_total_flops() // (4 * 2 * 4 * 16)
+
+    q, k, v = qkv(2, 8, 32)
+    assert count(mini.flash_attn_func, q, k, v) == 8 * 32
+    assert count(mini.flash_attn_func, q, k, v, causal=True) == 8 * 32 - 8 * 8 // 2
+    assert count(mini.flash_attn_func, *qkv(2, 32, 8), causal=True) == 8 * 8 // 2
+    cached = mini.flash_attn_with_kvcache
+    assert count(cached, q, k, v) == 8 * 32
+    assert count(cached, q, k, v, cache_seqlens=20) == 8 * 20
+    assert count(cached, q, k, v, k[:, :4], v[:, :4], cache_seqlens=20, causal=True) == 8 * 24 - 8 * 8 // 2
+    pages = [tensor(6, 16, 2, 16) for _ in range(2)]
+    table = torch.arange(6, dtype=torch.int32, device=DEVICE).view(2, 3)
+    lengths = torch.tensor([30, 40], dtype=torch.int32, device=DEVICE)
+    assert count(cached, q, *pages, cache_seqlens=lengths, block_table=table) == 8 * 3 * 16
+
+
 def test_gradient_of_a_plain_call_under_a_mode() -> None:
     """A call before a mode, its gradient within, with all that a call may have: the same gradients."""
     slopes = torch.rand(4, device=DEVICE)
@@ -509,6 +531,11 @@ def test_fake_and_meta() -> None:
     assert out.device.type == "cuda" and out.shape == (2, 5, 4, 16)
     q = torch.empty(2, 5, 4, 16, device="meta")
     assert mini.flash_attn_func(q, q, q).is_meta and OPS.forward(q, q, q, *PLAIN)[1].shape == (2, 4, 5)
+    assert mini.flash_attn_func(q, q, q, dropout_p=0.5).is_meta
+    lengths = torch.zeros(2, dtype=torch.int32, device="meta")
+    assert mini.flash_attn_with_kvcache(q, q, q, q[:, :1], q[:, :1], cache_seqlens=lengths).is_meta
+    starts = torch.zeros(3, dtype=torch.int32, device="meta")
+    assert mini.flash_attn_varlen_func(q[0], q[0], q[0], starts, starts, 5, 5).is_meta
 
 
 def test_negative_bit() -> None:
@@ -540,6 +567,14 @@ def test_refused_by_name() -> None:
             mini.flash_attn_func([1.0], k, v)
         with pytest.raises(ValueError, match="alibi_slopes gets no gradient"):
             mini.flash_attn_func(q, k, v, alibi_slopes=torch.ones(4, device=DEVICE, requires_grad=True))
+        with pytest.raises(TypeError, match="causal must be a bool"):
+            mini.flash_attn_func(q, k, v, causal="no")
+        with pytest.raises(ValueError, match="out requires one|but out"):
+            starts = torch.tensor([0, 37], dtype=torch.int32, device=DEVICE)
+            given = q[0], k[0, :37], v[0, :37], starts, starts, 37, 37
+            mini.flash_attn_varlen_func(*given, out=q[0].clone().requires_grad_())
+        with pytest.raises(ValueError, match="out"):
+            mini.flash_attn_varlen_func(*given, out=torch.empty_like(q[0, 1:]))
     with pytest.raises(Exception, match="q, k and v must have one head_dim"):
         compiled(mini.flash_attn_func)(q[..., :8], k, v)
     with pytest.raises(Exception, match="has no gradient"):

@@ -114,6 +114,8 @@ def test_dropout(hook) -> None:
     torch.manual_seed(3)
     assert function(v).equal(out)
     assert hook["_scaled_dot_product_flash_attention_backward"] == 1
+    with pytest.raises(ValueError, match="debug_mask"):
+        aten._scaled_dot_product_flash_attention(q, k, v, 0.5, False, True)
 
 
 def test_activate_and_restore() -> None:
@@ -140,4 +142,4 @@ def test_restored_kernels() -> None:
 def test_what_we_cannot_serve_says_so() -> None:
     """Where PyTorch has a kernel, that runs instead: tests/integrations/gpu.py."""
     with pytest.raises(NotImplementedError):
-        aten._scaled_dot_product_flash_attention(*bhsd((4, 8), (4, 8), (4, 8)), 0.5, False, True)
+        aten._scaled_dot_product_flash_attention(*bhsd((4, 8), (4, 8), (4, 8)), 0.0, False, True)

@@ -179,6 +179,13 @@ def test_whisper() -> None:
     close(x.encoder_last_hidden_state, y.encoder_last_hidden_state)
 
 
+def test_refuses_models_that_add_to_the_scores() -> None:
+    """T5's position bias: it would be left out without a word."""
+    config = tf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="T5"):
+        tf.T5Model._from_config(config, attn_implementation=NAME)
+
+
 def test_sinks() -> None:
     """What a sink does to out, and its gradient, against a softmax with one more column."""
     q, sinks = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(4, requires_grad=True)
@@ -192,7 +199,7 @@ def test_sinks() -> None:
     for x, y in zip(*results, strict=True):
         close(x, y)
     starts = torch.tensor([0, 5, 10])
-    packed = ours_in.flash_attn_varlen_func(*[q.flatten(0, 1)] * 3, starts, starts, 5, 5, s_aux=sinks)
+    packed = ours_in.flash_attn_varlen_func(*[q.flatten(0, 1)] * 3, starts, starts, s_aux=sinks)
     close(packed.view_as(out), out)
     with torch.no_grad():
         close(ours_in.flash_attn_with_kvcache(q, q, q, s_aux=sinks), out)
