@@ -62,7 +62,7 @@ def call_of(
         facts, x = problem.dense(q, k, v, options)
     else:
         longest = q.shape[0] if longest is None else longest
-        longest_k = k.shape[0] if table is None else table.shape[1] * k.shape[1]
+        longest_k = k.shape[0] if table is None else table.shape[-1] * k.shape[1]
         lengths = cu_seqlens_q, cu_seqlens_k, longest, longest_k, table, seqused_k
         with torch.no_grad():  # whoever called has asked for what requires a gradient
             facts, x = problem.varlen(q, k, v, lengths, options, out)

@@ -25,12 +25,13 @@ ARCHS = ("sm_80", "sm_90a", "sm_120a")
 
 
 def features(arch: str) -> Iterator[KernelConfig]:
-    """Each optional feature, once for a row of the tables; the masks take turns."""
+    """Each optional feature, once for a row of the tables; the masks take turns but for what spills first."""
     for path in config.paths(arch):
         for i, head_dim in enumerate(config.HEAD_DIMS):
             call = path, arch, "bfloat16", head_dim, config.MASKS[i % 3]
             page = config.SM90_PAGES[i % 3] if path == "sm90" else 1
-            yield config.forward(*call, ragged=True, score="softcap_alibi")
+            for mask in config.MASKS:
+                yield config.forward(*call[:-1], mask, ragged=True, score="softcap_alibi")
             yield config.forward(*call, ragged=True, page=page)
             yield config.forward(*call, dropout=True)
             yield config.backward(*call, deterministic=True)

@@ -245,7 +245,8 @@ def test_pages_say_what_was_recorded() -> None:
 
 def test_measured_is_of_the_results() -> None:
     row = {"gpu": "some GPU", "commit": "abc", "seqlen": "16384", "shapes_right": "26 / 26"}
-    table = [row | {"step": "wgmma", "tflops": "400.0"}, row | {"step": "overlap", "tflops": "600.0"}]
+    table = [row | {"step": "wgmma", "tflops": "400.0", "ms": "3"}]
+    table += [row | {"step": "overlap", "tflops": "600.0", "ms": "2"}]
     text = run.measured(STEPS[7], table)
     assert "600 TFLOP/s at 16,384 tokens" in text and "1.5 times step 7" in text and "abc" in text
     assert run.measured(STEPS[8], table) == "**Measured.** not yet"

@@ -88,10 +88,13 @@ class ForwardSm90:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a producer's and a consumer's thread: finding sequences takes some of the consumers'."""
+        """Of a producer's and a consumer's thread.
+
+        Finding sequences takes some of the consumers', unless they need all for a score function.
+        """
         if self.wgs == 3:
             return 32, 160
-        return (40, 232) if self.ragged else (24, 240)
+        return (40, 232) if self.ragged and self.score == "plain" else (24, 240)
 
     @property
     def staggered(self) -> bool:
