@@ -53,7 +53,6 @@ def is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         or transforms()
         or forward_ad._current_level >= 0
         or _is_tracing()
-        or (q.is_meta and k.is_meta and v.is_meta)
     )
 
 

@@ -89,7 +89,8 @@ def kinds(call: Call, name: str) -> Iterator[str]:
     plain = f"{name}.detach().resolve_neg()"
     yield from ("3.5", f"'{name}'", f"{plain}.tolist()", f"{plain}.cpu().double().numpy()")
     yield f"{plain}.to_sparse()"
-    if (call.function, name) != ("pad_input", "hidden_states"):  # a PyTorch operation like others
+    # A PyTorch operation like others, and a call of meta tensors: both are served.
+    if (call.function, name) not in (("pad_input", "hidden_states"), ("flash_attn_qkvpacked_func", "qkv")):
         yield f"{name}.to('meta')"
     if name not in OPTIONAL:
         yield "None"
