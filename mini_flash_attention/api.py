@@ -422,8 +422,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("attention has no second derivative: create_graph must be False")
+        checks.no_second_derivative()
         if ctx.problem.page_size:
             raise NotImplementedError("block_table: attention to pages has no gradient")
         q, k, v, alibi_slopes, out, lse, *layout = ctx.saved_tensors

@@ -210,6 +210,12 @@ def no_gradient(what: str, given: Mapping[str, Tensor | None]) -> None:
             )
 
 
+def no_second_derivative() -> None:
+    """To be asked in a backward pass: autograd would warn, and take the second derivative for zero."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("attention has no second derivative: create_graph must be False")
+
+
 def out_alone(out: Tensor, given: Mapping[str, Tensor]) -> None:
     """out overlaps neither itself nor q, k, v. It may be q, of which a tile is read before it is written."""
     start, mine = out.data_ptr(), None

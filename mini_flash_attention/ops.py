@@ -62,13 +62,20 @@ def call_of(
         facts, x = problem.dense(q, k, v, options)
     else:
         longest = q.shape[0] if longest is None else longest
-        longest_k = k.shape[0] if table is None else table.shape[-1] * k.shape[1]
+        longest_k = _most_keys(k.shape, None if table is None else table.shape)
         lengths = cu_seqlens_q, cu_seqlens_k, longest, longest_k, table, seqused_k
         with torch.no_grad():  # whoever called has asked for what requires a gradient
             facts, x = problem.varlen(q, k, v, lengths, options, out)
     if seed is not None:  # as `api` draws it: a number, or one on the GPU
         x = x._replace(seed=seed if seed.is_cuda else seed.item())
     return facts, x
+
+
+def _most_keys(k: Sequence[int], block_table: Sequence[int] | None) -> int:
+    """That a sequence may have, by the shapes: all of packed ones, or the capacity of its row or pages."""
+    if block_table is not None:
+        return block_table[-1] * k[1]
+    return k[0] if len(k) == 3 else k[1]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -166,8 +173,7 @@ def saved(ctx: Any) -> tuple[list[Tensor], list[Any]]:
 
 
 def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # autograd would warn, and take the second derivative for zero
-        raise RuntimeError("attention has no second derivative: create_graph must be False")
+    checks.no_second_derivative()
     return _gradients(OPERATORS.backward, ctx, dout, dlse)
 
 
@@ -308,9 +314,7 @@ def _flops(q: Sequence[int], seqlen_k: int, causal: bool, right: int) -> int:
 
 
 def _flops_of_attention(q: Sequence[int], k: Sequence[int], options: tuple[Any, ...]) -> int:
-    table = options[3]
-    seqlen_k = k[0] if len(k) == 3 else k[1] if table is None else table[1] * k[1]
-    return _flops(q, seqlen_k, options[9], options[11])
+    return _flops(q, _most_keys(k, options[3]), options[9], options[11])
 
 
 @register_flop_formula(OPERATORS.forward)
@@ -344,26 +348,14 @@ def flops_of_backward(
 @register_flop_formula(OPERATORS.cache)
 def flops_of_cache(q: Any, k_cache: Any, v_cache: Any, *options: Any, out_shape: Any = None, **_: Any) -> int:
     length, table, causal, right = options[1], options[4], options[7], options[9]
-    capacity = k_cache[1] if table is None else table[1] * k_cache[1]
-    return _flops(q, capacity if length is None else length, causal, right)
+    return _flops(q, _most_keys(k_cache, table) if length is None else length, causal, right)
 
 
 @register_flop_formula(OPERATORS.cache_append)
 def flops_of_cache_append(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any,
-    v: Any,
-    cos: Any,
-    sin: Any,
-    interleaved: bool,
-    seqlens: Any,
-    length: int | None,
-    *options: Any,
-    out_shape: Any = None,
-    **_: Any,
+    q: Any, k_cache: Any, v_cache: Any, *others: Any, out_shape: Any = None, **_: Any
 ) -> int:
+    (k, *_new), (seqlens, length, *options) = others[:5], others[5:]
     length = None if length is None else length + k[1]
     return flops_of_cache(q, k_cache, v_cache, seqlens, length, *options)
 
@@ -395,8 +387,8 @@ def register_sharding() -> None:
         ways = [([whole] * 2, [*[whole] * 3, *rest])]
         if dense:
             ways.append(([batch] * 2, [*[batch] * 3, *rest]))
-        if dense and divides(q, k):
-            ways.append(([heads, heads_of_lse], [*[heads] * 3, *rest]))
+            if divides(q, k):
+                ways.append(([heads, heads_of_lse], [*[heads] * 3, *rest]))
         return ways
 
     @register(OPERATORS.backward.default)
@@ -437,21 +429,20 @@ def attention(
     _refuse(q=q, k=k, v=v)
     dropout_p, scale, causal, window_size, softcap, slopes, deterministic = options
     if (out is not None or layout[3] is not None) and torch.is_grad_enabled():
-        given = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out})
+        given = {"q": q, "k": k, "v": v, "out": out}
         checks.no_gradient("attention to pages, or into a given tensor,", given)
     if slopes is not None:
         checks.facts_of_alibi(slopes)
-        if hasattr(q, "to_local"):
-            raise NotImplementedError(
-                "alibi_slopes: not of a DTensor, whose parts would not know their heads"
-            )
+    if hasattr(q, "to_local"):  # a DTensor
+        if slopes is not None:
+            raise NotImplementedError("alibi_slopes: not of a DTensor, whose parts do not know their heads")
+        if dropout_p:
+            raise NotImplementedError("dropout_p: not of a DTensor, whose parts would drop the same elements")
     if dropout_p and return_attn_probs:
         raise NotImplementedError("return_attn_probs: S_dmask is for tests of plain calls")
-    if dropout_p and hasattr(q, "to_local"):
-        raise NotImplementedError("dropout_p: not of a DTensor, whose parts would all drop the same elements")
     left, right = _window(window_size)
-    score = scale, _flag("causal", causal), left, right, softcap
-    return_attn_probs = _flag("return_attn_probs", return_attn_probs)
+    score = scale, checks.flag("causal", causal), left, right, softcap
+    return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)
     forward_mode = _in_forward_mode(q, k, v)
     if forward_mode and out is not None:
         raise NotImplementedError("out: attention into a given tensor has no forward-mode derivative")
@@ -461,7 +452,7 @@ def attention(
             "it with PyTorch operations"
         )
     seed = draw_seed(q.device) if dropout_p else None
-    options = *layout, slopes, seed, dropout_p, *score, _flag("deterministic", deterministic)
+    options = *layout, slopes, seed, dropout_p, *score, checks.flag("deterministic", deterministic)
     if out is not None:
         lse = OPERATORS.forward_into(q, k, v, out, *options)
     elif forward_mode:  # PyTorch differentiates the operations of the CPU backend
@@ -495,7 +486,7 @@ def cached(
         raise NotImplementedError("flash_attn_with_kvcache has no forward-mode derivative")
     on_device = isinstance(seqlens, Tensor)
     left, right = _window(window_size)
-    score = scale, _flag("causal", causal), left, right, softcap
+    score = scale, checks.flag("causal", causal), left, right, softcap
     options = (seqlens, None) if on_device else (None, seqlens)
     options = *options, *places, slopes, *score, num_splits
     if k is None and v is None:
@@ -504,7 +495,7 @@ def cached(
     if k is None or v is None:
         raise ValueError("k and v must be given together")
     return OPERATORS.cache_append(
-        q, k_cache, v_cache, k, v, cos, sin, _flag("rotary_interleaved", interleaved), *options
+        q, k_cache, v_cache, k, v, cos, sin, checks.flag("rotary_interleaved", interleaved), *options
     )
 
 
@@ -537,10 +528,6 @@ def _window(window_size: Any) -> tuple[int, int]:
         window_size = checks.pair(window_size)
     left, right = window_size
     return -1 if left is None else left, -1 if right is None else right
-
-
-def _flag(name: str, value: bool) -> bool:
-    return value if type(value) is bool else checks.flag(name, value)
 
 
 def _refuse(**tensors: Tensor) -> None:

@@ -86,6 +86,7 @@ CACHE = [
     ({"cache_leftpad": [7, 0]}, "cache_leftpad of sequence 0 must be in 0 to 6, not 7"),
     ({"cache_leftpad": [2, -3]}, "cache_leftpad of sequence 1 must be in 0 to 15, not -3"),
     ({"cache_batch_idx": [2, 3]}, "cache_batch_idx of sequence 1 must be in 0 to 2, not 3"),
+    ({"cache_batch_idx": [2, 2]}, "cache_batch_idx: k and v are appended to one sequence twice"),
     ({"cache_batch_idx": [-1, 0]}, "cache_batch_idx of sequence 0 must be in 0 to 2, not -1"),
     ({"seqlen_ro": 14}, "rotary_cos has 14 rows, but sequence 1 needs 15"),
     ({"seqlen_ro": 15, "causal": True}, "rotary_cos has 15 rows, but sequence 1 needs 16"),

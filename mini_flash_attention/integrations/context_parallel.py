@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mini_flash_attention import flash_attn_func, ops
+from mini_flash_attention import checks, flash_attn_func, ops
 
 
 def shard(x: Tensor, rank: int, world: int, dim: int = 1) -> Tensor:
@@ -226,8 +226,7 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """By the out and the LSE of all keys: P = exp(S - lse) is then the whole softmax's part."""
-        if torch.is_grad_enabled():
-            raise RuntimeError("attention has no second derivative: create_graph must be False")
+        checks.no_second_derivative()
         q, k, v, out, lse = ctx.saved_tensors
         keys = [k, v]
         dq = torch.zeros_like(q, dtype=lse.dtype)

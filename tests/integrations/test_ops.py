@@ -564,7 +564,7 @@ def test_refused_by_name() -> None:
             mini.flash_attn_func(q, k, v, alibi_slopes=torch.ones(4, device=DEVICE, requires_grad=True))
         with pytest.raises(TypeError, match="causal must be a bool"):
             mini.flash_attn_func(q, k, v, causal="no")
-        with pytest.raises(ValueError, match="out requires one|but out"):
+        with pytest.raises(ValueError, match="but out requires one"):
             starts = torch.tensor([0, 37], dtype=torch.int32, device=DEVICE)
             given = q[0], k[0, :37], v[0, :37], starts, starts, 37, 37
             mini.flash_attn_varlen_func(*given, out=q[0].clone().requires_grad_())

@@ -94,6 +94,18 @@ def test_varlen_pages_and_out(hook) -> None:
     assert hook["_flash_attention_forward_no_dropout_inplace"] == 1
 
 
+def test_no_gradient_of_alibi(hook) -> None:
+    """PyTorch's operator does not hand them to its backward, whose gradient would be of other scores."""
+    tensors, starts = packed()
+    arguments = *tensors, starts, starts, 17, 17, 0.0, False, False
+    with pytest.raises(ValueError, match="alibi_slopes"):
+        aten._flash_attention_forward(*arguments, alibi_slopes=torch.rand(4))
+    with torch.no_grad():
+        out = aten._flash_attention_forward(*arguments, alibi_slopes=(slopes := torch.rand(4)))[0]
+    wanted = mini.flash_attn_varlen_func(*tensors, starts, starts, 17, 17, alibi_slopes=slopes)
+    torch.testing.assert_close(out, wanted)
+
+
 def test_causal_lower_right(hook) -> None:
     """The bias that PyTorch has for FlashAttention's alignment is what the operator means by causal."""
     q, k, v = bhsd((4, 3), (4, 9), (4, 9))
