@@ -1,6 +1,6 @@
 """The attention functions, with the signatures and the semantics of flash_attn 2.x, and autograd."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,20 @@ from mini_flash_attention.problem import (
     Inputs,
     Layout,
     Lengths,
+    New,
     Options,
+    Places,
     Problem,
     cache,
     dense,
     varlen,
+    with_functions,
 )
 
+ScoreMod = Callable[[Any, Any, Any, Any, Any], Any]  # score, batch, head, q_idx, kv_idx
+MaskMod = Callable[[Any, Any, Any, Any], Any]  # batch, head, q_idx, kv_idx
+Functions = tuple[ScoreMod | None, MaskMod | None]
+NO_FUNCTIONS = (None, None)
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
 KV = checks.OUR_NAMES | {"k": "kv", "v": "kv"}
 QKV = checks.OUR_NAMES | {"q": "qkv", "k": "qkv", "v": "qkv"}
@@ -40,6 +47,9 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
 ) -> Output:
     """Exact attention, softmax(q kᵀ · softmax_scale) v, that never stores the matrix of scores.
 
@@ -67,6 +77,13 @@ def flash_attn_func(
         deterministic: gradients are bitwise the same in each run, at some cost in speed. So they are
             under torch.use_deterministic_algorithms(True).
         return_attn_probs: return (out, softmax_lse, S_dmask) instead of out.
+        score_mod: score_mod(score, batch, head, q_idx, kv_idx) returns what becomes of a score, after
+            softmax_scale, softcap and alibi_slopes. A plain Python function of operators, comparisons,
+            & | ~ and torch.where, minimum, maximum, abs, exp, log, sqrt, tanh, sigmoid; it may capture
+            numbers and tensors, which it indexes by integers: docs/masks.md. It is compiled into the kernel,
+            with its derivative. q_idx and kv_idx count from 0, unlike the diagonal. As in FlexAttention.
+        mask_mod: mask_mod(batch, head, q_idx, kv_idx) returns whether the query sees the key, on top of causal
+            and window_size. Written like score_mod.
 
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
@@ -83,7 +100,7 @@ def flash_attn_func(
             create_graph=True (there are no second derivatives).
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _dense(q, k, v, options, return_attn_probs, checks.OUR_NAMES)
+    return _dense(q, k, v, options, return_attn_probs, checks.OUR_NAMES, (score_mod, mask_mod))
 
 
 def flash_attn_qkvpacked_func(
@@ -154,6 +171,8 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
 ) -> Output:
     """`flash_attn_func` for a batch of sequences of any lengths, packed one after the other.
 
@@ -181,6 +200,8 @@ def flash_attn_varlen_func(
         seqused_k: int32 (batch,): the first tokens of each sequence's keys that count, the others are
             not read. None: all.
         out: where to write the result, a tensor like q; it is returned. It may be q.
+        score_mod, mask_mod: as in `flash_attn_func`; batch is the number of the sequence, in which q_idx and
+            kv_idx count.
 
     The other arguments are those of `flash_attn_func`; alibi_slopes may be (batch, heads) here too.
     Lengths out of range are cut to what the tensors hold; pages that are used must exist.
@@ -202,7 +223,8 @@ def flash_attn_varlen_func(
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
-    return _varlen(q, k, v, lengths, options, out, return_attn_probs, checks.OUR_NAMES)
+    functions = score_mod, mask_mod
+    return _varlen(q, k, v, lengths, options, out, return_attn_probs, checks.OUR_NAMES, functions)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -283,6 +305,9 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention to a cache of keys and values, into which the new ones are written first. For inference.
 
@@ -317,6 +342,7 @@ def flash_attn_with_kvcache(
         rotary_interleaved: rotate elements 2i and 2i + 1 of a head; else i and i + rotary_dim / 2.
         num_splits: into how many parts to split the keys, 1 to 128; 0 chooses by the capacity.
         return_softmax_lse: return (out, softmax_lse) instead of out.
+        score_mod, mask_mod: as in `flash_attn_func`; kv_idx counts a sequence's keys, left padding aside.
 
     Lengths out of range are cut to what the tensors hold; pages and rows that are used must exist.
     On the CPU both are checked; on a GPU MINI_FLASH_ATTENTION_CHECK=1 in the environment checks them, waiting
@@ -337,7 +363,10 @@ def flash_attn_with_kvcache(
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     if return_softmax_lse is not False:
         return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
-    if fast.is_watched(q, k_cache, v_cache):
+    functions = score_mod, mask_mod
+    if functions != NO_FUNCTIONS:
+        out, lse = _uncompiled(_cached_with)(functions, q, k_cache, v_cache, new, places, options, num_splits)
+    elif fast.is_watched(q, k_cache, v_cache):
         out, lse = ops.cached(q, k_cache, v_cache, new, places, options, num_splits)
     else:
         problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
@@ -349,9 +378,17 @@ def flash_attn_with_kvcache(
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, return_attn_probs: bool, names: checks.Names
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    return_attn_probs: bool,
+    names: checks.Names,
+    functions: Functions = NO_FUNCTIONS,
 ) -> Output:
-    """names: what the caller calls the arguments."""
+    """names: what the caller calls the arguments. functions: score_mod, mask_mod."""
+    if functions != NO_FUNCTIONS:
+        return _uncompiled(_dense_with)(functions, q, k, v, options, return_attn_probs)
     if fast.is_watched(q, k, v):
         return ops.attention(q, k, v, ops.DENSE, options, None, return_attn_probs)
     problem, x = dense(q, k, v, options, names)
@@ -367,8 +404,11 @@ def _varlen(
     out: Tensor | None,
     return_attn_probs: bool,
     names: checks.Names,
+    functions: Functions = NO_FUNCTIONS,
 ) -> Output:
-    """names: what the caller calls the arguments."""
+    """As _dense."""
+    if functions != NO_FUNCTIONS:
+        return _uncompiled(_varlen_with)(functions, q, k, v, lengths, options, out, return_attn_probs)
     if fast.is_watched(q, k, v):
         cu_seqlens_q, cu_seqlens_k, longest, _, block_table, seqused_k = lengths
         longest = None if isinstance(longest, Tensor) else longest
@@ -376,6 +416,51 @@ def _varlen(
         return ops.attention(q, k, v, layout, options, out, return_attn_probs)
     problem, x = varlen(q, k, v, lengths, options, out, names)
     return _attention(problem, x, out, return_attn_probs)
+
+
+# With functions of the scores, which torch.compile runs as they are, outside of its graphs
+
+
+def _dense_with(
+    functions: Functions, q: Tensor, k: Tensor, v: Tensor, options: Options, return_attn_probs: bool
+) -> Output:
+    checks.no_functions(fast.is_watched(q, k, v))
+    problem, x = with_functions(*dense(q, k, v, options), *functions)
+    return _attention(problem, x, None, return_attn_probs)
+
+
+def _varlen_with(
+    functions: Functions,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    options: Options,
+    out: Tensor | None,
+    return_attn_probs: bool,
+) -> Output:
+    checks.no_functions(fast.is_watched(q, k, v))
+    problem, x = with_functions(*varlen(q, k, v, lengths, options, out), *functions)
+    return _attention(problem, x, out, return_attn_probs)
+
+
+def _cached_with(
+    functions: Functions,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    new: New,
+    places: Places,
+    options: Options,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    checks.no_functions(fast.is_watched(q, k_cache, v_cache))
+    problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
+    return backend.with_cache(*with_functions(problem, x, *functions), update, num_splits, True)
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function) if fast.is_compiling() else function
 
 
 def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_probs: bool) -> Output:
@@ -411,12 +496,15 @@ class Attention(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         seed: int | None,
         layout: Layout | None,
+        captured: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        x = Inputs(q, k, v, alibi_slopes, seed, layout)
+        x = Inputs(q, k, v, alibi_slopes, seed, layout, captured)
         out, lse = backend.forward(problem, x)
         if not problem.page_size:
-            ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
+            tensors = [value if isinstance(value, Tensor) else None for value in captured]
+            ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *tensors, *(layout or ()))
         ctx.problem, ctx.seed = problem, seed
+        ctx.captured = [None if isinstance(value, Tensor) else value for value in captured]
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
 
@@ -425,8 +513,10 @@ class Attention(torch.autograd.Function):
         checks.no_second_derivative()
         if ctx.problem.page_size:
             raise NotImplementedError("block_table: attention to pages has no gradient")
-        q, k, v, alibi_slopes, out, lse, *layout = ctx.saved_tensors
-        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
+        q, k, v, alibi_slopes, out, lse, *more = ctx.saved_tensors
+        tensors, layout = more[: len(ctx.captured)], more[len(ctx.captured) :]
+        captured = (y if x is None else x for x, y in zip(tensors, ctx.captured, strict=True))
+        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None, tuple(captured))
         if dout is None:
             dout = torch.zeros_like(out)
         run = (
@@ -434,7 +524,7 @@ class Attention(torch.autograd.Function):
             if fast.is_watched(dout, out, dout if dlse is None else dlse)
             else backend.backward
         )
-        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None
+        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None, None
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:

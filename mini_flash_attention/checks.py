@@ -308,6 +308,26 @@ def probability(name: str, value: float, compute: torch.dtype) -> float:
     return p
 
 
+def no_functions(watched: bool) -> None:
+    if watched:
+        raise NotImplementedError(
+            "score_mod and mask_mod: plain calls only, not torch.func, forward-mode derivatives, torch.export, "
+            "tensor subclasses, FLOP counters or selective checkpointing"
+        )
+
+
+def captured(role: str, value: object, device: torch.device) -> None:
+    """What a score function captures."""
+    if not isinstance(value, Tensor):
+        return
+    same = value.device == device
+    require(same, f"{role} captures a tensor on {value.device}; it must be on {device}, as q is")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{role} captures a tensor that requires a gradient, which there is not: capture its .detach()"
+        )
+
+
 def flag(name: str, value: bool) -> bool:
     # Not just bool(value): an array's or a tensor's may be ambiguous, or change under the cache.
     kind = type(value)

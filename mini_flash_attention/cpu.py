@@ -23,6 +23,9 @@ from torch import Tensor
 from mini_flash_attention.kernels.parts.blocks import key_blocks, query_blocks
 from mini_flash_attention.philox import keep_mask
 from mini_flash_attention.problem import Inputs, Layout, Problem
+from mini_flash_attention.scores.capture import Place
+from mini_flash_attention.scores.numbers import Number, is_one
+from mini_flash_attention.scores.torch_numbers import TorchOps
 
 INF = math.inf
 # Scores in a tile: 2 MB, so that the few tiles alive at once stay in cache. 2^18 and 2^20 cost up
@@ -81,7 +84,7 @@ def forward_dense(problem: Problem, x: Inputs, first: int, out: Tensor, lse: Ten
         for n_block in reversed(range(*visited)):
             keys = block(n_block, tile_n, problem.seqlen_k)
             gK, gV = load_keys(problem, x.k, keys), load_keys(problem, x.v, keys)
-            acc_S, _ = scores(problem, gQ, gK, rows, keys, x.alibi_slopes)
+            acc_S, _ = scores(problem, x, (gQ, gK), first, rows, keys)
 
             old_max, row_max = row_max, torch.maximum(row_max, acc_S.amax(-1, keepdim=True))
             offset = row_max.masked_fill(row_max == -INF, 0)  # no key so far: not -inf - -inf
@@ -140,7 +143,7 @@ def backward_dense(
             rows = block(m_block, tile_m, problem.seqlen_q)
             gQ = load_rows(problem, x.q, rows) * problem.softmax_scale
             gdO = load_rows(problem, dout, rows) / (1 - problem.dropout_p)
-            acc_S, tanh = scores(problem, gQ, gK, rows, keys, x.alibi_slopes)
+            acc_S, derivative = scores(problem, x, (gQ, gK), first, rows, keys)
             acc_P = acc_S.sub_(load_rows(problem, lse, rows)).exp_()
             acc_dP = gdO @ gV.mT
             dropped_P = acc_P
@@ -151,8 +154,8 @@ def backward_dense(
             acc_dV.baddbmm_(dropped_P.mT, gdO)
 
             acc_dS = acc_dP.sub_(load_rows(problem, delta, rows)).mul_(acc_P)
-            if tanh is not None:
-                acc_dS.mul_(1 - tanh.square_())
+            if derivative is not None:
+                acc_dS.mul_(derivative)
             acc_dK.baddbmm_(acc_dS.mT, gQ)
             view_rows(problem, dq, rows).add_(by_head(problem, acc_dS @ gK))
 
@@ -185,7 +188,7 @@ def dropout_probabilities(problem: Problem, x: Inputs, lse: Tensor) -> Tensor:
 def probabilities_dense(problem: Problem, x: Inputs, first: int, lse: Tensor) -> Tensor:
     rows, keys = slice(0, problem.seqlen_q), slice(0, problem.seqlen_k)
     gQ = load_rows(problem, x.q, rows) * problem.softmax_scale
-    acc_S, _ = scores(problem, gQ, load_keys(problem, x.k, keys), rows, keys, x.alibi_slopes)
+    acc_S, _ = scores(problem, x, (gQ, load_keys(problem, x.k, keys)), first, rows, keys)
     lse = lse.masked_fill(lse == -INF, INF)
     acc_P = acc_S.sub_(load_rows(problem, lse, rows)).exp_()
     S_dmask = torch.where(kept(problem, x.seed, first, rows, keys), acc_P, -acc_P)
@@ -241,11 +244,8 @@ def dense_batch(problem: Problem, x: Inputs, sequence: Sequence) -> tuple[Proble
     """One sequence as a dense batch of one."""
     q = queries_of(problem, sequence, x.q)
     k, v = (keys_of(problem, x.layout, sequence, tensor) for tensor in (x.k, x.v))
-    slopes = x.alibi_slopes
-    if slopes is not None and slopes.ndim == 2:
-        slopes = slopes[sequence.index]
     alone = replace(problem, batch=1, seqlen_q=q.shape[1], seqlen_k=k.shape[1])
-    return alone, Inputs(q, k, v, slopes, x.seed)
+    return alone, x._replace(q=q, k=k, v=v, layout=None)
 
 
 def queries_of(problem: Problem, sequence: Sequence, x: Tensor) -> Tensor:
@@ -286,25 +286,41 @@ def row_statistics(
 
 
 def scores(
-    problem: Problem,
-    gQ: Tensor,
-    gK: Tensor,
-    rows: slice,
-    keys: slice,
-    alibi_slopes: Tensor | None,
+    problem: Problem, x: Inputs, tiles: tuple[Tensor, Tensor], first: int, rows: slice, keys: slice
 ) -> tuple[Tensor, Tensor | None]:
-    """acc_S = Q K^T with softcap, ALiBi and mask; and the softcap's tanh, which gives its slope."""
-    acc_S, tanh = gQ @ gK.mT, None
-    if problem.softcap > 0:
-        tanh = acc_S.div_(problem.softcap).tanh_()
-        acc_S = tanh * problem.softcap
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(acc_S.dtype).expand(problem.batch, problem.heads_q)
-        slopes = slopes.unflatten(1, (problem.heads_k, 1, problem.group, 1))
-        distance = from_diagonal(problem, rows, keys, acc_S.device).abs().to(acc_S.dtype)
-        by_head(problem, acc_S).sub_(slopes * distance)
+    """acc_S = Q K^T after its functions and the mask; and the functions' derivative, None where it is 1.
+
+    tiles: gQ, gK. first: the number of the first sequence.
+    """
+    gQ, gK = tiles
+    acc_S, derivative = gQ @ gK.mT, None
+    if problem.scoring:
+        S = by_head(problem, acc_S)
+        result = transformed(problem, x, S, first, rows, keys)
+        numbers = result.x, None if is_one(result.dx) else 0.0 if result.dx is None else result.dx
+        acc_S, derivative = (
+            x if x is None else torch.as_tensor(x, dtype=S.dtype).expand(S.shape).reshape(acc_S.shape)
+            for x in numbers
+        )
     mask(problem, acc_S, rows, keys)
-    return acc_S, tanh
+    if derivative is not None:
+        derivative = derivative.masked_fill(acc_S == -INF, 0)  # else 0 · NaN, if it is one there
+    return acc_S, derivative
+
+
+def transformed(problem: Problem, x: Inputs, S: Tensor, first: int, rows: slice, keys: slice) -> Number:
+    """What becomes of scores (batch, heads_k, tile_m, group, tile_n)."""
+    device = S.device
+    batch = torch.arange(first, first + problem.batch, device=device).view(-1, 1, 1, 1, 1)
+    head = torch.arange(problem.heads_q, device=device).view(1, problem.heads_k, 1, problem.group, 1)
+    q_idx = torch.arange(rows.start, rows.stop, device=device).view(-1, 1, 1)
+    kv_idx = torch.arange(keys.start, keys.stop, device=device)
+    captured = [problem.softcap] if problem.softcap else []
+    if x.alibi_slopes is not None:
+        captured.append(x.alibi_slopes.expand(max(first + problem.batch, 1), -1))
+    ops = TorchOps(S.dtype, device)
+    place = Place(batch, head, q_idx, kv_idx, problem.seqlen_q, problem.seqlen_k)
+    return problem.scoring.apply(ops, [*captured, *x.captured], Number(ops, S, 1.0), place)
 
 
 def mask(problem: Problem, acc_S: Tensor, rows: slice, keys: slice) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from mini_flash_attention import checks
 from mini_flash_attention.checks import OUR_NAMES, STRIDED, Facts, Names, require
 from mini_flash_attention.kernels.calls import record
+from mini_flash_attention.scores.capture import Function, Scoring, built_in, capture
 
 CACHE_NAMES = OUR_NAMES | {"k": "k_cache", "v": "v_cache"}
 
@@ -45,6 +46,8 @@ class Problem:
     window_right: int | None = None
     softcap: float = 0.0  # 0: off
     alibi: bool = False  # the slopes themselves are an input
+    score_mod: Function | None = None  # what they capture is an input, too
+    mask_mod: Function | None = None
     dropout_p: float = 0.0
     deterministic: bool = False
     ragged: bool = False  # a Layout comes with it
@@ -64,6 +67,12 @@ class Problem:
     def __getstate__(self) -> dict[str, object]:
         """Without the hash, which another process would not compute alike."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """What becomes of a score, in this order."""
+        ours = [built_in(name) for name, on in (("softcap", self.softcap), ("alibi", self.alibi)) if on]
+        return Scoring(f for f in (*ours, self.score_mod, self.mask_mod) if f is not None)
 
     @property
     def empty(self) -> bool:
@@ -108,6 +117,7 @@ class Inputs(NamedTuple):
     alibi_slopes: Tensor | None = None
     seed: int | Tensor | None = None  # of dropout; a tensor (1) int64 on a GPU
     layout: Layout | None = None
+    captured: tuple[float | int | Tensor, ...] = ()  # by score_mod, then by mask_mod
 
 
 class CacheUpdate(NamedTuple):
@@ -145,7 +155,7 @@ def dense(
     """
     slopes = options[5]
     tensors = *_facts_of_three(q, k, v), None if slopes is None else checks.facts_of_alibi(slopes)
-    return _remembered(_dense, tensors, options, (), names), record(Inputs, (q, k, v, slopes, None, None))
+    return _remembered(_dense, tensors, options, (), names), record(Inputs, (q, k, v, slopes, None, None, ()))
 
 
 def varlen(
@@ -185,7 +195,7 @@ def varlen(
     layout = record(Layout, (cu_seqlens_q.contiguous(), packed_k, used, None, None, table, None))
     if checks.of_values(q) and problem.device.type != "meta":
         checks.values_of_varlen(problem, layout, lengths, len(k), names)
-    return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout))
+    return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout, ()))
 
 
 def cache(
@@ -244,7 +254,29 @@ def cache(
     layout = record(Layout, layout)
     if checks.of_values(q):
         checks.values_of_cache(problem, layout, update, k_cache.shape)
-    return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout)), update
+    return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout, ())), update
+
+
+def with_functions(
+    problem: Problem,
+    x: Inputs,
+    score_mod: Callable[..., Any] | None,
+    mask_mod: Callable[..., Any] | None,
+) -> tuple[Problem, Inputs]:
+    """The same with functions of the scores, which `flash_attn_func` documents."""
+    functions, captured = [], []
+    for role, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+        structure = None
+        if function is not None:
+            structure, values = capture(role, function)
+            if structure.is_identity:
+                structure, values = None, ()
+            for value in values:
+                checks.captured(role, value, problem.device)
+            captured += values
+        functions.append(structure)
+    problem = replace(problem, score_mod=functions[0], mask_mod=functions[1])
+    return problem, x._replace(captured=tuple(captured))
 
 
 def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -> tuple[tuple, tuple, tuple]:

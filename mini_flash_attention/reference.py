@@ -3,6 +3,8 @@
 Slow and large on purpose; autograd gives its gradients. Every backend is judged against it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ def attention(
     window_right: int | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    score_mod: Callable[..., Tensor] | None = None,
+    mask_mod: Callable[..., Tensor] | None = None,
+    first: int = 0,
     dropout_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -32,6 +37,10 @@ def attention(
         softcap: if above 0, scores are squashed to softcap * tanh(scores / softcap).
         alibi_slopes: (heads_q,) or (batch, heads_q); -slope * (distance from the diagonal) is
             added to the scores, after the softcap.
+        score_mod: score_mod(score, batch, head, q_idx, kv_idx) returns what becomes of a score after that, of
+            tensors that broadcast to (batch, heads_q, seqlen_q, seqlen_k).
+        mask_mod: mask_mod(batch, head, q_idx, kv_idx) returns whether a query sees a key.
+        first: the batch of the first sequence, for these two.
         dropout_mask: bool (batch, heads_q, seqlen_q, seqlen_k), True where a probability is kept.
         dropout_p: those kept are divided by 1 - dropout_p.
         dtype: of the whole computation and of the results; that of q by default.
@@ -55,6 +64,13 @@ def attention(
         slopes = alibi_slopes.to(dtype).reshape(-1, q.shape[1], 1, 1)
         scores = scores - slopes * distance.abs()
     hidden = _outside_window(distance, window_left, window_right)
+    sizes = enumerate(((first, first + len(q)), (0, q.shape[1]), (0, q.shape[2]), (0, k.shape[2])))
+    place = [torch.arange(*ends, device=q.device).view(-1, *[1] * (3 - i)) for i, ends in sizes]
+    if score_mod is not None:
+        scores = score_mod(scores, *place).to(dtype)
+    if mask_mod is not None:
+        hidden = hidden | ~torch.as_tensor(mask_mod(*place), device=q.device)
+        hidden = hidden.expand(scores.shape)
     scores = scores.masked_fill(hidden, float("-inf"))
 
     lse = torch.logsumexp(scores, dim=-1)

@@ -21,6 +21,7 @@ from emulator.memory import (
     Global,
 )
 from error_rule import check_forward, check_gradients
+from score_functions import functions
 from torch import Tensor
 
 from mini_flash_attention.gpu import config
@@ -249,6 +250,9 @@ FORWARD = {
         {"window": CAUSAL, "softcap": 5.0, "slopes": torch.tensor([[0.5, 0.25]])},
     ),
     "sm90-dropout": (SM90 | {"d": 256}, {"dropout": DROPOUT}),
+    "sm80-functions": (SM80 | {"d": 64}, functions("awkward", 1, 2, 270)),
+    "sm90-functions": (SM90 | {"d": 64}, {"window": CAUSAL} | functions("awkward", 1, 2, 270)),
+    "sm90-late": (SM90 | {"d": 128}, functions("late", 1, 2, 270) | functions("relative_bias", 1, 2, 270)),
 }
 
 
@@ -333,6 +337,13 @@ BACKWARD = {
         {"window": CAUSAL, "softcap": 5.0, "slopes": torch.tensor([[0.5, 0.25]])},
         {},
     ),
+    "sm80-functions": (SM80 | {"d": 64}, {"window": CAUSAL} | functions("awkward", 1, 2, 200), {}),
+    "sm90-functions": (SM90 | {"d": 64}, functions("awkward", 1, 2, 200), {}),
+    "sm90-wide-late": (
+        SM90 | {"d": 192},
+        functions("late", 1, 2, 200) | functions("relative_bias", 1, 2, 200),
+        {},
+    ),
 }
 
 
@@ -364,8 +375,9 @@ def test_backward(name: str) -> None:
             {"deterministic": True},
         ),
         (SM90 | {"d": 96}, Options(CAUSAL), {"deterministic": True}),
+        (SM90 | {"d": 128}, Options(**functions("awkward", 4, 2, 150)), {}),
     ],
-    ids=("sm80", "sm90"),
+    ids=("sm80", "sm90", "sm90-functions"),
 )
 def test_ragged_backward(case: dict, options: Options, features: dict) -> None:
     cu_q, cu_k = (integers(0, *torch.tensor(x).cumsum(0)) for x in (LENGTHS_Q, LENGTHS_K))
@@ -397,8 +409,9 @@ def test_ragged_backward(case: dict, options: Options, features: dict) -> None:
         # one split; three, merged by the last of their thread blocks, or by the combine kernel
         ("sm_80", 1, 4, 16, ((1, False), (3, True), (3, False)), Options()),
         ("sm_90a", 5, 8, 0, ((2, False),), Options(WINDOW, softcap=5.0, slopes=torch.rand(3, 8))),
+        ("sm_80", 5, 8, 0, ((2, False),), Options(**functions("awkward", 3, 8, 300))),
     ],
-    ids=("paged", "scores"),
+    ids=("paged", "scores", "functions"),
 )
 def test_decode(arch: str, tokens: int, heads: int, page_size: int, merges: tuple, options: Options) -> None:
     """A sequence without keys among others, some with fewer blocks of keys than splits."""

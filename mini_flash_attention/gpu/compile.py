@@ -135,7 +135,7 @@ def _versions() -> tuple[str, ...]:
 def _sources() -> str:
     """The hash of the code that makes a kernel: the kernels', what they import, and this file's."""
     package = Path(__file__).parent.parent
-    folders = (sorted(package.glob(f"{folder}/**/*.py")) for folder in ("gpu/config", "kernels"))
+    folders = (sorted(package.glob(f"{folder}/**/*.py")) for folder in ("gpu/config", "kernels", "scores"))
     files = [Path(__file__), package / "philox.py", *itertools.chain(*folders)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -37,7 +37,7 @@ current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _handle)
 
 # Who traces, watches or transforms calls. Such a call goes through PyTorch's dispatcher, by the operators in
 # ops.py; all others, which these questions (0.3 µs, all together) let pass, reach the kernels without.
-_is_compiling = torch.compiler.is_dynamo_compiling  # less than is_compiling; export has a mode, too
+is_compiling = torch.compiler.is_dynamo_compiling  # less than is_compiling; export has a mode, too
 _modes = torch._C._len_torch_dispatch_stack  # FLOP counters, selective checkpointing, FakeTensorMode, make_fx
 _is_tracing = torch._C._is_tracing  # torch.jit.trace
 transforms = torch._C._functorch.peek_interpreter_stack  # of torch.func; None: none is at work
@@ -47,7 +47,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 def is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call must be an operator's: it is followed, or its tensors are not what lies in memory."""
     return (
-        _is_compiling()
+        is_compiling()
         or not (type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= _PLAIN)
         or _modes()
         or transforms()

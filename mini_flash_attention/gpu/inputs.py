@@ -17,7 +17,7 @@ from mini_flash_attention.kernels.calls import (
     record,
 )
 from mini_flash_attention.philox import keep_threshold
-from mini_flash_attention.problem import Layout, Problem
+from mini_flash_attention.problem import Inputs, Layout, Problem
 
 
 def in_place(*tensors: Tensor) -> bool:
@@ -87,11 +87,25 @@ def ragged(problem: Problem, layout: Layout, added: int = 0) -> Ragged:
     return record(Ragged, fields)
 
 
-def with_slopes(score: Score, alibi_slopes: Tensor, batch: int) -> Score:
-    """The same with a call's slopes, (batch, heads), of stride 0 where the batch shares them."""
-    if alibi_slopes.ndim == 1:
-        alibi_slopes = alibi_slopes.expand(batch, -1)
-    return Score(score.scale, score.softcap, alibi_slopes.resolve_neg())
+def score(of_plan: Score, x: Inputs, batch: int) -> Score:
+    """The plan's with what a call captures beside the softcap: in the order of plans.scoring."""
+    slopes = x.alibi_slopes
+    if slopes is None and not x.captured:
+        return of_plan
+    if slopes is None:
+        slopes = ()
+    else:  # (batch, heads), of stride 0 where the batch shares them
+        slopes = (slopes.expand(batch, -1).resolve_neg(),)
+    return Score(of_plan.scale, (*(of_plan.captured or ()), *slopes, *map(_captured, x.captured)))
+
+
+def _captured(x: float | int | Tensor) -> float | int | Tensor:
+    """As kernels take it: with a dimension, a unit last stride, and bytes for truth."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach().resolve_neg().reshape(1) if x.ndim == 0 else x.detach().resolve_neg()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
 def dropout(seed: Tensor, dropout_p: float) -> Dropout:

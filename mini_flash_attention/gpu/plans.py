@@ -15,6 +15,7 @@ from mini_flash_attention.gpu import compile, config, inputs, memory, splits
 from mini_flash_attention.gpu.fast import Like
 from mini_flash_attention.kernels.calls import Append, Decode, Forward, Ragged, Rotary, Score, record
 from mini_flash_attention.problem import CacheUpdate, Problem
+from mini_flash_attention.scores.capture import Scoring
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Any]  # q, k, v, out, lse
 
@@ -34,7 +35,7 @@ class ForwardPlan(NamedTuple):
     launch: Callable | None  # None: nothing to compute
     device: int
     results: Results
-    score: Score  # without the slopes, which belong to a call
+    score: Score  # without what a call captures: slopes, and what functions use
     window: tuple[int, int] = (0, 0)
     dropout_p: float = 0.0
     swath: int = 0
@@ -54,7 +55,7 @@ class DecodePlan(NamedTuple):
     launch: Callable
     device: int
     results: Results
-    score: Score  # without the slopes
+    score: Score  # as in ForwardPlan
     window: tuple[int, int]
     num_splits: int
     partial: int  # float32 that combine.partial takes
@@ -77,7 +78,7 @@ class BackwardPlan(NamedTuple):
     launch: Callable | None  # None: all gradients are 0
     device: int
     sign: int  # of the softmax scale
-    score: Score  # without the slopes
+    score: Score  # as in ForwardPlan
     window: tuple[int, int]
     dropout_p: float
     workspace: config.Workspace
@@ -186,7 +187,7 @@ def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardCo
 def decode_config(problem: Problem, arch: str) -> config.Decode:
     rows, page = problem.longest_q * problem.group, int(problem.page_size > 0)
     head_dim = config.bucket(problem.head_dim)
-    return config.decode(arch, dtype_name(problem), head_dim, rows, score_kind(problem), page)
+    return config.decode(arch, dtype_name(problem), head_dim, rows, problem.scoring, page)
 
 
 def _facts(problem: Problem) -> tuple[str, int, str]:
@@ -196,17 +197,12 @@ def _facts(problem: Problem) -> tuple[str, int, str]:
     return dtype_name(problem), config.bucket(problem.head_dim), mask
 
 
-def _features(problem: Problem) -> dict[str, str | bool]:
-    return {"score": score_kind(problem), "ragged": problem.ragged, "dropout": problem.dropout_p > 0}
+def _features(problem: Problem) -> dict[str, Scoring | bool]:
+    return {"score": problem.scoring, "ragged": problem.ragged, "dropout": problem.dropout_p > 0}
 
 
 def dtype_name(problem: Problem) -> str:
     return str(problem.dtype).removeprefix("torch.")
-
-
-def score_kind(problem: Problem) -> str:
-    names = [name for name, on in (("softcap", problem.softcap), ("alibi", problem.alibi)) if on]
-    return "_".join(names) or "plain"
 
 
 def arch_of(problem: Problem) -> str:
@@ -221,8 +217,8 @@ def sms(problem: Problem) -> int:
 
 
 def score(problem: Problem) -> Score:
-    """The scale without its sign, and 1 for 0: inputs.signed."""
-    return Score(abs(problem.softmax_scale) or 1.0, problem.softcap or None)
+    """The scale without its sign, and 1 for 0: inputs.signed; and the first of what scoring captures."""
+    return Score(abs(problem.softmax_scale) or 1.0, (problem.softcap,) if problem.softcap else None)
 
 
 def sign(problem: Problem) -> int:

@@ -48,7 +48,7 @@ def attend(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Without a copy where the kernel takes what the caller has, else from what it can read."""
-    q, k, v, _, _, _ = x
+    q, k, v = x[:3]
     # A negative bit is in no memory, where kernels look. To ask takes 0.03 µs each.
     negated = q.is_neg() or k.is_neg() or v.is_neg()
     if plan.results.direct and out is None and not negated:
@@ -99,17 +99,15 @@ def launch(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel, into `out` if given. ValueError: it cannot read a tensor; it has done nothing then."""
-    q, k, v, alibi_slopes, seed, _ = x
+    q, k, v = x[:3]
     results = plan.results
     if out is None:
         out = empty_like(q, results.out)
     lse = results.unread_lse
     if with_lse or lse is None:
         lse = fast.allocate(*results.lse)
-    score = plan.score
-    if alibi_slopes is not None:
-        score = inputs.with_slopes(score, alibi_slopes, problem.batch)
-    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, seed))
+    score = inputs.score(plan.score, x, problem.batch)
+    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, x.seed))
     return out, lse if with_lse else None
 
 
@@ -158,9 +156,6 @@ def launch_backward(
 ) -> list[Tensor]:
     """The kernels, on tensors that they can read. rows: out, lse, dout, dlse."""
     out, lse, dout, dlse = rows
-    score = plan.score
-    if x.alibi_slopes is not None:
-        score = inputs.with_slopes(score, x.alibi_slopes, problem.batch)
     gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:3]]
     space = plan.workspace
     stats, dq_acc, dkv_acc = (lse.new_empty(shape) for shape in (space.stats, space.dq_acc, space.dkv_acc))
@@ -175,7 +170,7 @@ def launch_backward(
         stats,
         dq_acc,
         *gradients,
-        score,
+        inputs.score(plan.score, x, problem.batch),
         int(dlse is not None),
         left,
         right,
@@ -195,7 +190,7 @@ def append(
     plan: AppendPlan | None, problem: Problem, x: Inputs, update: CacheUpdate, ragged: Ragged
 ) -> Inputs:
     """kv_append.append, by a kernel if that can copy all in place. Of the result, only q counts."""
-    q, k, v, _, _, _ = x
+    q, k, v = x[:3]
     negated = q.is_neg() or k.is_neg() or v.is_neg() or update.k.is_neg() or update.v.is_neg()
     if plan is not None and not negated:
         out = None if update.rotary_cos is None else empty_like(q, plan.q)

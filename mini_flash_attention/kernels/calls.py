@@ -31,8 +31,8 @@ class Score(NamedTuple):
     """What becomes of Q·Kᵀ before the softmax: parts/scores.py."""
 
     scale: Float32  # softmax_scale, > 0
-    softcap: Float32 | None = None
-    slopes: Tensor | None = None  # ALiBi's, (b, h) float32, stride 0 where batches share them
+    captured: tuple[Float32 | Int32 | Tensor, ...] | None = None  # by config.score; tensors of any strides but
+    # a unit last one
 
 
 class Dropout(NamedTuple):

@@ -1,6 +1,7 @@
 """Calls of the package's kernels in the emulator: the records that the host side would make."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from emulator.emulate import emulate
 from mini_flash_attention import philox
 from mini_flash_attention.gpu import config, inputs
 from mini_flash_attention.kernels import calls
+from mini_flash_attention.scores.capture import Function, Scoring, built_in, capture
 
 library = functools.cache(Library)
 
@@ -22,11 +24,20 @@ class Options(NamedTuple):
     softcap: float = 0.0
     slopes: Tensor | None = None  # (batch, heads) float32
     dropout: tuple[int, float] | None = None  # seed, probability
+    score_mod: Callable[..., Any] | None = None
+    mask_mod: Callable[..., Any] | None = None
 
     @property
-    def score(self) -> str:
-        names = ("softcap", self.softcap), ("alibi", self.slopes is not None)
-        return "_".join(name for name, given in names if given) or "plain"
+    def functions(self) -> list[tuple[Function, tuple[Any, ...]]]:
+        """Each with what it captures."""
+        ours = ("softcap", self.softcap or None), ("alibi", self.slopes)
+        users = ("score_mod", self.score_mod), ("mask_mod", self.mask_mod)
+        functions = [(built_in(name), (value,)) for name, value in ours if value is not None]
+        return functions + [capture(role, f) for role, f in users if f is not None]
+
+    @property
+    def score(self) -> Scoring:
+        return Scoring(function for function, _ in self.functions)
 
     @property
     def mask(self) -> str:
@@ -35,7 +46,8 @@ class Options(NamedTuple):
 
     def numbers(self, q: Tensor) -> tuple[calls.Score, int, int]:
         """The score, and the window where both sides have a number."""
-        score = calls.Score(q.shape[-1] ** -0.5, self.softcap or None, self.slopes)
+        captured = [inputs._captured(x) for _, values in self.functions for x in values]
+        score = calls.Score(q.shape[-1] ** -0.5, tuple(captured) or None)
         left, right = self.window
         return score, left or 0, q.shape[1] if right is None else right
 
@@ -50,6 +62,7 @@ class Options(NamedTuple):
         slopes = self.slopes if b is None or self.slopes is None else self.slopes[b : b + 1]
         options = dict(zip(("window_left", "window_right"), self.window, strict=True))
         options |= {"softcap": self.softcap, "alibi_slopes": slopes}
+        options |= {"score_mod": self.score_mod, "mask_mod": self.mask_mod, "first": b or 0}
         if self.dropout:
             seed, p = self.dropout
             batch, seqlen, heads, _ = q.shape

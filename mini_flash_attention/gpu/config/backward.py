@@ -15,6 +15,7 @@ from mini_flash_attention.gpu.config.common import (
     paths,
 )
 from mini_flash_attention.kernels.parts.blocks import packed_blocks
+from mini_flash_attention.scores.capture import PLAIN, Scoring
 
 
 class Workspace(NamedTuple):
@@ -74,14 +75,14 @@ class BackwardSm90:
     registers: tuple[int, int, int] = (208, 72, 24)  # of a consumer, dQ and load thread
     dq_transposed: bool = False  # dQᵀ = Kᵀ·dSᵀ, Kᵀ in registers: wgmma reads dS alone from shared memory
     persistent: bool = False  # a thread block stays on its SM; the next keys are loaded while it works
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    score: Scoring = PLAIN  # kernels/parts/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     dropout: bool = False  # kernels/parts/dropout.py
 
     @property
     def factored(self) -> bool:
         """dS takes another factor than P."""
-        return "softcap" in self.score or self.dropout
+        return self.score.factored or self.dropout
 
     @property
     def kv_stages(self) -> int:
@@ -124,15 +125,15 @@ SM90_BACKWARD_TILES = {
 # What differs where dS takes another factor than P, whose registers come from smaller tiles or the dQ WG.
 SM90_BACKWARD_FACTORED = {
     64: dict(tile_m=64),
-    (96, "dropout", "softcap_alibi"): dict(registers=(200, 80, 32)),
+    (96, "dropout", "score"): dict(registers=(200, 80, 32)),
     (128, "dropout"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
-    (128, "dropout", "softcap_alibi"): dict(tile_n=64),
-    (256, "softcap_alibi"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
+    (128, "dropout", "score"): dict(tile_n=64),
+    (256, "score"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
 }
 
 
 def backward_sm90(
-    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: str | bool
+    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: Scoring | bool
 ) -> BackwardSm90:
     """The configuration for a head dim of SM90_BACKWARD_TILES."""
     row = BackwardSm90(
@@ -140,8 +141,9 @@ def backward_sm90(
     )
     if deterministic or row.ragged:  # turns follow the order of starts; ragged: not tried
         row = replace(row, persistent=False)
-    keys = ((head_dim, "dropout", row.score), (head_dim, "dropout")) if row.dropout else ()
-    keys = (*keys, (head_dim, row.score), head_dim) if row.factored else ()
+    score = ("score",) if len(row.score) > 1 or row.score.hides else ()
+    keys = ((head_dim, "dropout", *score), (head_dim, "dropout")) if row.dropout else ()
+    keys = (*keys, (head_dim, *score), head_dim) if row.factored else ()
     return replace(row, **next((SM90_BACKWARD_FACTORED[k] for k in keys if k in SM90_BACKWARD_FACTORED), {}))
 
 
@@ -160,7 +162,7 @@ class BackwardSm80:
     tile_n: int  # keys of a thread block: 16 or 32 for each pair of warps
     warps: int
     warps_m: int  # so many of them share out the queries of dQ, the others its columns
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    score: Scoring = PLAIN  # kernels/parts/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     dropout: bool = False  # kernels/parts/dropout.py
 
@@ -172,7 +174,7 @@ class BackwardSm80:
     @property
     def stats(self) -> int:
         """Statistics of each query: two slots of two, and zeros where one of the products is not seeded."""
-        return 5 if (self.score != "plain") != self.dropout else 4
+        return 5 if bool(self.score) != self.dropout else 4
 
     @property
     def block_numbers(self) -> int:
@@ -199,7 +201,7 @@ class BackwardSm80:
     def stack(self) -> int:
         """Bytes of stack it may use: a few words, used once a query block, cost less than a smaller tile."""
         small_256 = self.head_dim == 256 and self.tile_m == 32
-        if self.score == "plain" and not self.ragged and not self.dropout:
+        if not self.score and not self.ragged and not self.dropout:
             return 8 if small_256 and self.deterministic else 0
         return 24 if small_256 else 8
 
@@ -233,7 +235,7 @@ SM80_BACKWARD_TILES = {
 
 
 def backward_sm80(
-    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: str | bool
+    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: Scoring | bool
 ) -> BackwardSm80:
     """The configuration for a head dim of SM80_BACKWARD_TILES."""
     for tiles in of_row(SM80_BACKWARD_TILES, head_dim, mask):
@@ -253,7 +255,7 @@ def backward(
     head_dim: int,
     mask: str,
     deterministic: bool = False,
-    **features: str | bool,
+    **features: Scoring | bool,
 ) -> BackwardConfig:
     """The configuration of the backward pass for a head dim of HEAD_DIMS on one path.
 

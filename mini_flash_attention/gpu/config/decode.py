@@ -10,6 +10,7 @@ from mini_flash_attention.gpu.config.common import (
     SHARED_MEMORY,
     is_sm90_or_newer,
 )
+from mini_flash_attention.scores.capture import PLAIN, Scoring
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Decode:
     chunk: int  # keys that a warp works on at a time
     slots: int  # chunks of K and V in shared memory, one of them not in flight
     pdl: bool  # each kernel is launched before the one in front of it is done, to wait for it: SM90 on
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    score: Scoring = PLAIN  # kernels/parts/scores.py
     page: int = 0  # 1: k and v are pages, of any size
 
     @property
@@ -108,7 +109,7 @@ DECODE_TILES_SMALL = {
 }
 
 
-def decode(arch: str, dtype: str, head_dim: int, rows: int, score: str = "plain", page: int = 0) -> Decode:
+def decode(arch: str, dtype: str, head_dim: int, rows: int, score: Scoring = PLAIN, page: int = 0) -> Decode:
     """The configuration for a head dim of HEAD_DIMS and tiles of up to `rows` rows."""
     table = DECODE_TILES if SHARED_MEMORY[arch] > 100 * 1024 else DECODE_TILES_SMALL
     tile_m = 16 if rows <= 16 else 64

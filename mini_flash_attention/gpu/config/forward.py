@@ -12,6 +12,7 @@ from mini_flash_attention.gpu.config.common import (
     of_row,
     paths,
 )
+from mini_flash_attention.scores.capture import PLAIN, Scoring
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ForwardSm80:
     tile_m: int  # query rows of a thread block
     tile_n: int  # keys of a block
     warps: int
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    score: Scoring = PLAIN  # kernels/parts/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # 1: k and v are pages, of any size
     dropout: bool = False  # kernels/parts/dropout.py
@@ -66,7 +67,7 @@ class ForwardSm90:
     q_stages: int = 2  # 2: the next tile's Q comes, and its first S, under this tile's last P·V
     q_regs: bool = False  # Q in registers: less shared memory traffic, head_dim / 4 more registers
     ordered: bool = True  # the warpgroups take turns to issue their products
-    score: str = "plain"  # or "softcap", "alibi", "softcap_alibi": kernels/parts/scores.py
+    score: Scoring = PLAIN  # kernels/parts/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # what divides a page of k and v: one of SM90_PAGES; 0: no pages
     dropout: bool = False  # kernels/parts/dropout.py
@@ -94,7 +95,7 @@ class ForwardSm90:
         """
         if self.wgs == 3:
             return 32, 160
-        return (40, 232) if self.ragged and self.score == "plain" else (24, 240)
+        return (40, 232) if self.ragged and not self.score else (24, 240)
 
     @property
     def staggered(self) -> bool:
@@ -116,7 +117,7 @@ ForwardConfig = ForwardSm80 | ForwardSm90
 
 
 def forward(
-    path: str, arch: str, dtype: str, head_dim: int, mask: str, **features: str | bool | int
+    path: str, arch: str, dtype: str, head_dim: int, mask: str, **features: Scoring | bool | int
 ) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90").
 
@@ -125,7 +126,7 @@ def forward(
     if path == "sm80":
         table = SM80_TILES | SM80_DROPOUT if features.get("dropout") else SM80_TILES
         return ForwardSm80(arch, dtype, head_dim, mask, *of_row(table, head_dim, mask), **features)
-    if features.get("score", "plain") != "plain" and head_dim in SM90_SCORED:
+    if features.get("score") and head_dim in SM90_SCORED:
         return ForwardSm90(arch, dtype, head_dim, mask, **SM90_SCORED[head_dim], **features)
     row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask), **features)
     short, short_seqlen = None, 0

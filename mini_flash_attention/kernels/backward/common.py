@@ -1,14 +1,16 @@
 """What both backward kernels do to a thread's part of a tile, whose rows are keys, whose columns queries."""
 
+import math
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from mini_flash_attention.kernels.backward.schedule import Block
-from mini_flash_attention.kernels.calls import Dropout, Score
+from mini_flash_attention.kernels.calls import Dropout
 from mini_flash_attention.kernels.parts.dropout import SIGNS, mark_transposed
 from mini_flash_attention.kernels.parts.fragments import convert, rows_cols, store_rows, store_sequence
-from mini_flash_attention.kernels.parts.scores import derivative
+from mini_flash_attention.kernels.parts.numbers import LOG2_E
 from mini_flash_attention.kernels.parts.seqlen import Sizes
 
 
@@ -33,50 +35,45 @@ def distances(sizes: Sizes, keys: list[Int32], query: Int32) -> cute.Tensor:
 
 
 @cute.jit
-def mask(config: cutlass.Constexpr, sizes: Sizes, acc_S: cute.Tensor, keys: list[Int32], query: Int32):
-    """acc_S <- -inf where a query may not see a key. keys: of the thread's rows; query: of its first column.
+def mask(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    acc: cute.Tensor,
+    keys: list[Int32],
+    query: Int32,
+    hidden: cutlass.Constexpr = -math.inf,
+):
+    """acc <- hidden where a query may not see a key. keys: of the thread's rows; query: of its first column.
 
     Keys from seqlen_k on are zeros, whose P = exp(-LSE) may be infinite.
     """
-    S, diagonals = rows_cols(acc_S), distances(sizes, keys, query)
+    X, diagonals = rows_cols(acc), distances(sizes, keys, query)
     left, right = sizes.window(config.mask)
-    for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+    for r in cutlass.range_constexpr(cute.size(X, mode=[0])):
         diagonal = diagonals[r]  # the column on which it lies
         begin = Int32(0) if const_expr(right is None) else diagonal - right
         begin = begin if keys[r] < sizes.seqlen_k else Int32(config.tile_m)
-        for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-            S[r, c] = S[r, c] if (c // 2) * 8 + c % 2 >= begin else -Float32.inf
+        for c in cutlass.range_constexpr(cute.size(X, mode=[1])):
+            X[r, c] = X[r, c] if (c // 2) * 8 + c % 2 >= begin else Float32(hidden)
         if const_expr(left is not None):
-            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-                S[r, c] = S[r, c] if (c // 2) * 8 + c % 2 <= diagonal + left else -Float32.inf
+            for c in cutlass.range_constexpr(cute.size(X, mode=[1])):
+                X[r, c] = X[r, c] if (c // 2) * 8 + c % 2 <= diagonal + left else Float32(hidden)
 
 
 @cute.jit
-def exponentials(
-    config: cutlass.Constexpr,
-    score: Score,
-    acc_S: cute.Tensor,
-    stat: cute.Tensor,
-    slopes: cute.Tensor,
-    distances: cute.Tensor,
-    acc_F: cute.Tensor | None,
-):
-    """acc_S <- P, from scores that are not plain; with a softcap, acc_F <- P times its derivative.
+def exponentials(acc_S: cute.Tensor, stat: cute.Tensor, acc_F: cute.Tensor | None):
+    """acc_S <- P, from scores in natural units; acc_F, their derivatives or None, <- P times them.
 
-    score: in_log2. stat: -LSE of the thread's columns, in log2 units. slopes, distances: scores.transform's.
+    stat: -LSE of the thread's columns, in log2 units.
     """
     S, values = rows_cols(acc_S), cute.make_rmem_tensor(stat.shape, Float32)
     cute.autovec_copy(stat, values)
     for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
         for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
-            P = cute.math.exp2(S[r, c] + values[c], fastmath=True)
-            if const_expr("softcap" in config.score):
-                bias = Float32(0.0)
-                if const_expr("alibi" in config.score):
-                    distance = Float32(distances[r]) - Float32((c // 2) * 8 + c % 2)
-                    bias = slopes[r] * cute.arch.fmax(distance, -distance)
-                rows_cols(acc_F)[r, c] = P * derivative(score, S[r, c], bias)
-            S[r, c] = P
+            S[r, c] = cute.math.exp2(S[r, c] * Float32(LOG2_E) + values[c], fastmath=True)
+            if const_expr(acc_F is not None):
+                F = rows_cols(acc_F)
+                F[r, c] = F[r, c] * S[r, c]
 
 
 @cute.jit
@@ -91,13 +88,13 @@ def factor_of_dS(
 ) -> cute.Tensor:
     """What dS takes in the place of P, in 16 bits like P; it and P become negative where dropped.
 
-    acc_F: with a softcap, see exponentials. keys: of the thread's first row of every 16; query: of its first
+    acc_F: see exponentials. keys: of the thread's first row of every 16; query: of its first
     column. The rest as in dropout.mark.
     """
     F = P
     if const_expr(config.dropout):
         mark_transposed(dropout, P, keys, query, batch_head)
-    if const_expr("softcap" in config.score):
+    if const_expr(acc_F is not None):
         F = cute.make_rmem_tensor(P.shape, P.element_type)
         convert(acc_F, F)
         if const_expr(config.dropout):

@@ -17,7 +17,7 @@ from cutlass import Float32, Int32, const_expr
 from mini_flash_attention.kernels.backward import shared_keys
 from mini_flash_attention.kernels.backward.schedule import find_query_block
 from mini_flash_attention.kernels.calls import Backward
-from mini_flash_attention.kernels.parts.scores import LOG2_E
+from mini_flash_attention.kernels.parts.numbers import LOG2_E
 
 THREADS = 256
 
@@ -26,7 +26,7 @@ THREADS = 256
 def launch(call: Backward, config: cutlass.Constexpr, stream):
     batch, heads, m_blocks, _ = call.mdQacc.shape
     seed_factor = Float32(LOG2_E)
-    if const_expr(config.score == "plain"):  # a seed of Q·Kᵀ, before the softmax scale
+    if const_expr(not config.score):  # a seed of Q·Kᵀ, before the softmax scale
         seed_factor = Float32(1.0) / call.score.scale  # here: a division in a kernel is a call
     grid = m_blocks * heads * batch + shared_keys.num_blocks(call)
     kernel(config, call, seed_factor).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream)

@@ -41,7 +41,7 @@ from mini_flash_attention.kernels.backward.sm80_scores import columns, probabili
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts import arguments
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, slice_of, transposed
-from mini_flash_attention.kernels.parts.scores import in_log2
+from mini_flash_attention.kernels.parts.scores import scale_log2
 from mini_flash_attention.kernels.parts.seqlen import sizes_of
 from mini_flash_attention.kernels.parts.sm80 import (
     Operand,
@@ -82,7 +82,7 @@ def make_setup(config, call: Backward) -> Setup:
     return Setup(
         sizes=sizes,
         order=find_order(config, sizes, call),
-        score=in_log2(config, call.score),
+        scale_log2=scale_log2(config, call.score),
         mma=make_tiled_mma(dtype, config.warps // 2),
         mma_dQ=make_tiled_mma(dtype, config.warps_m, config.warps // config.warps_m),
         load=make_tiled_load(dtype, 32 * config.warps, d),

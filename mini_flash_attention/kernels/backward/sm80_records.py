@@ -8,7 +8,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from mini_flash_attention.kernels.backward.schedule import Block, Order, Sequence
-from mini_flash_attention.kernels.calls import Backward, Score
+from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts import tiles
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, rows_cols
 from mini_flash_attention.kernels.parts.seqlen import Keys, Queries, Sizes
@@ -23,7 +23,7 @@ class Setup(NamedTuple):
 
     sizes: Sizes
     order: Order
-    score: Score  # in_log2
+    scale_log2: Float32  # of plain scores
     mma: cute.TiledMma  # of a side: the pairs of warps, one below the other, keys as rows
     mma_dQ: cute.TiledMma  # of all warps
     load: cute.TiledCopy

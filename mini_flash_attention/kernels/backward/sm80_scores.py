@@ -8,12 +8,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from mini_flash_attention.kernels.backward.common import distances, exponentials, factor_of_dS, mask, seed
+from mini_flash_attention.kernels.backward.common import exponentials, factor_of_dS, mask, seed
 from mini_flash_attention.kernels.backward.sm80_records import ZEROS, Place, Work, side_of
 from mini_flash_attention.kernels.parts.blocks import unmasked_queries
 from mini_flash_attention.kernels.parts.dropout import keep
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, rows_cols, slice_of
-from mini_flash_attention.kernels.parts.scores import LOG2_E, transform
+from mini_flash_attention.kernels.parts.numbers import index
+from mini_flash_attention.kernels.parts.scores import Corner, transform
 from mini_flash_attention.kernels.parts.sm80 import Operand, destination, opaque, put
 
 
@@ -23,7 +24,7 @@ def seed_or_clear(config: cutlass.Constexpr, w: Work, at: Int32):
 
     A score function comes before S - LSE, dropout before dP - delta.
     """
-    too_early = config.score != "plain", config.dropout  # for S, for dP
+    too_early = bool(config.score), config.dropout  # for S, for dP
     if const_expr(all(too_early)):
         w.acc_S.fill(0.0)
     else:
@@ -41,49 +42,54 @@ def columns(sStat: cute.Tensor, lane: Int32, first: int, count: int) -> cute.Ten
 @cute.jit
 def probabilities(config: cutlass.Constexpr, w: Work, x: Place, at: Int32, p: Operand):
     """w.P <- P, from S, for dV; for dS, P or its factor goes to shared memory."""
-    slopes = masked_scores(config, w, x)
+    bounds = w.sizes().for_blocks(config)
+    free_first, free_last = unmasked_queries(w.smem.find_block().n_block, *bounds)
+    masked = x.m_block < free_first or x.m_block >= free_last
+    if const_expr(not config.score):
+        if masked:
+            query = x.m_block * config.tile_m + w.coords(config)[0, 0][1]
+            mask(config, w.sizes(), w.acc_S, w.keys(config), query)
     acc_S, lane = as_operand_A(w.acc_S), opaque(w.tidx) % 32
     place = destination(w.setup.mma, p, w.in_side(config))
     for k in cutlass.range_constexpr(cute.size(w.P, mode=[2])):
         S, P, acc_F = slice_of(acc_S, k), slice_of(w.P, k), None
         query = opaque(x.m_block) * config.tile_m + 16 * k
-        if const_expr("softcap" in config.score):
+        query += w.coords(config)[0, 0][1]  # the thread's first column
+        if const_expr(config.score.factored):
             acc_F = cute.make_rmem_tensor(P.shape, Float32)
-        if const_expr(config.score == "plain"):
+        if const_expr(not config.score):
             for i in cutlass.range_constexpr(cute.size(S)):
-                S[i] = cute.math.exp2(S[i] * w.setup.score.scale, fastmath=True)
+                S[i] = cute.math.exp2(S[i] * w.setup.scale_log2, fastmath=True)
         else:
-            stat = columns(w.smem.stats[None, at], lane, 16 * k, 16)
-            exponentials(config, w.setup.score, S, stat, slopes, distances_of(config, w, query), acc_F)
+            scores_of(config, w, x, S, acc_F, query)
+            if masked:
+                mask(config, w.sizes(), S, w.keys(config), query)
+                if const_expr(acc_F is not None):
+                    mask(config, w.sizes(), acc_F, w.keys(config), query, 0.0)  # else 0 · NaN, if it is one there
+            exponentials(S, columns(w.smem.stats[None, at], lane, 16 * k, 16), acc_F)
         convert(S, P)
         keys, batch_head = None, None
         if const_expr(config.dropout):
             keys = w.keys(config)[::2]
             batch_head = w.smem.find_block().batch * w.setup.sizes.heads + x.head(w)
-        query += w.coords(config)[0, 0][1]  # the thread's first column
         put(place, factor_of_dS(config, w.call.dropout, P, acc_F, keys, query, batch_head), k)
         if const_expr(config.dropout):
             keep(P, P)
 
 
 @cute.jit
-def masked_scores(config: cutlass.Constexpr, w: Work, x: Place) -> cute.Tensor:
-    """acc_S <- scores, -inf where masked; in log2 units unless plain. Returns ALiBi's slope of each row."""
-    S = rows_cols(w.acc_S)
-    slopes = cute.make_rmem_tensor(cute.size(S, mode=[0]), Float32)
-    if const_expr("alibi" in config.score):
-        batch, head = w.smem.find_block().batch, x.head(w)
-        slopes.fill(w.setup.score.slopes[batch, head] * Float32(LOG2_E))
-    transform(config, w.setup.score, S, slopes, distances_of(config, w, opaque(x.m_block) * config.tile_m))
-    bounds = w.sizes().for_blocks(config)
-    free_first, free_last = unmasked_queries(w.smem.find_block().n_block, *bounds)
-    if x.m_block < free_first or x.m_block >= free_last:
-        query = x.m_block * config.tile_m + w.coords(config)[0, 0][1]
-        mask(config, w.sizes(), w.acc_S, w.keys(config), query)
-    return slopes
+def scores_of(
+    config: cutlass.Constexpr, w: Work, x: Place, S: cute.Tensor, acc_F: cute.Tensor | None, query: Int32
+):
+    """S <- scores, of 16 queries; acc_F, if there is one, <- their derivatives. query: of the first column."""
+    key = w.keys(config)[0]
+    rows = tuple(index(key, row_offset(config, r)) for r in range(cute.size(rows_cols(S), mode=[0])))
+    batch, head, sizes = w.smem.find_block().batch, x.head(w), w.sizes()
+    lengths = sizes.seqlen_q, sizes.seqlen_k
+    at = Corner(batch, (head,) * len(rows), rows, query, *lengths, transposed=True)
+    transform(config, w.call.score, rows_cols(S), at, None if acc_F is None else rows_cols(acc_F))
 
 
-@cute.jit
-def distances_of(config: cutlass.Constexpr, w: Work, query: Int32) -> cute.Tensor:
-    """Those of scores.transform; query: the tile's first column."""
-    return distances(w.sizes(), w.keys(config), query + w.coords(config)[0, 0][1])
+def row_offset(config, r: int) -> int:
+    """How far a thread's row r lies below its first one: 8, then as many as the warps of a side have."""
+    return r % 2 * 8 + r // 2 * 8 * config.warps

@@ -39,7 +39,7 @@ from mini_flash_attention.kernels.backward.sm90_records import (
 )
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts import arguments
-from mini_flash_attention.kernels.parts.scores import in_log2
+from mini_flash_attention.kernels.parts.scores import scale_log2
 from mini_flash_attention.kernels.parts.seqlen import sizes_of
 from mini_flash_attention.kernels.parts.sm90 import make_tma
 from mini_flash_attention.kernels.parts.tiles import tile_layout
@@ -76,7 +76,7 @@ def make_setup(config, call: Backward) -> Setup:
         sizes=sizes,
         order=order,
         num_tiles=num_blocks(config, sizes, call.ragged, order),
-        score=in_log2(config, call.score),
+        scale_log2=scale_log2(config, call.score),
         q=make_tma(g2s, call.mQ, sQ, (m, d)),
         k=make_tma(g2s, call.mK, sK, (n, d)),
         v=make_tma(g2s, call.mV, sK, (n, d)),

@@ -95,7 +95,7 @@ def accumulate(config: cutlass.Constexpr, w: Work, block: Block, n: Int32, it: I
             sX = cute.local_tile(sX[None, None, 0], (64, config.head_dim), (w.wg, 0))
             clear_beyond(sX, sizes.seqlen_k, 64 * half, WG + w.wg)
     for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
-        scores.set_head(config, sizes, w.score, block.batch, head)
+        scores.set_head(w.score, block.batch, head)
         for _ in cutlass.range(first - block.first, unroll=1):
             skip(w, it)
             it += 1
@@ -122,10 +122,10 @@ def step(config: cutlass.Constexpr, w: Work, sizes: Sizes, it: Int32, at: scores
     s.q_ring.wait_full(it)  # Q and its stats are there
     s.ds_ring.wait_empty(it)  # dS of two blocks ago is read; not later: a wait under a wgmma costs registers
     stat = w.stats[None, 0, slot]
-    scores.issue(sdp, w.acc_S, w.tSrK, w.tSrQ[None, None, None, slot], stat, config.score == "plain")
+    scores.issue(sdp, w.acc_S, w.tSrK, w.tSrQ[None, None, None, slot], stat, not config.score)
     warpgroup.wait_group(0)  # S is in acc_S
     acc_F = scores.probabilities(config, sizes, w.score, w.acc_S, stat, at)
-    P, F = scores.factors(config, w.score, w.acc_S, acc_F, at)
+    P, F = scores.factors(config, sizes, w.score, w.acc_S, acc_F, at)
     if const_expr(config.factored):  # there are no registers for F: it waits where dS will be
         put(w, it, F)
     s.do_ring.wait_full(it)  # dO is there

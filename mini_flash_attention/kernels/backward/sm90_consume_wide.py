@@ -81,7 +81,7 @@ def accumulate_dV(config: cutlass.Constexpr, w: Work, block: Block):
     if const_expr(config.ragged):
         clear_beyond(s.sK[None, None, 0], sizes.seqlen_k, block.n_block * config.tile_n, WG)
     for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
-        scores.set_head(config, sizes, w.score, block.batch, head)
+        scores.set_head(w.score, block.batch, head)
         for m_block in cutlass.range(block.first, block.last, unroll=1):
             at = scores.corner(config, key, m_block, free)
             if const_expr(config.ragged):
@@ -96,11 +96,11 @@ def step_dV(config: cutlass.Constexpr, w: Work, sizes: Sizes, it: Int32, at: sco
     s, slot, do_slot = w.s, w.s.q_ring.slot(it), w.s.do_ring.slot(it)
     s.q_ring.wait_full(it)  # Q and its stats are there
     stat, tSrB = w.stats[None, 0, slot], w.tSrB[None, None, None, slot]
-    scores.issue(w.setup.sdp, w.acc_S, w.tSrA, tSrB, stat, config.score == "plain")
+    scores.issue(w.setup.sdp, w.acc_S, w.tSrA, tSrB, stat, not config.score)
     warpgroup.wait_group(0)  # S is in acc_S
     acc_F = scores.probabilities(config, sizes, w.score, w.acc_S, stat, at)
     release(s.q_ring, it, w.lane)  # Q and stats are read; WG 1 needs them for longer
-    P, F = scores.factors(config, w.score, w.acc_S, acc_F, at)
+    P, F = scores.factors(config, sizes, w.score, w.acc_S, acc_F, at)
     s.p_ring.wait_empty(it)  # WG 1 has read P of two blocks ago
     sP = s.sP[None, None, w.tidx, s.p_ring.slot(it)]  # (8, tile_m / 16)
     cute.autovec_copy(cute.make_tensor(F.iterator, cute.make_layout(sP.shape)), sP)

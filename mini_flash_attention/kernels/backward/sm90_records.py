@@ -8,7 +8,6 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from mini_flash_attention.kernels.backward.schedule import Order
-from mini_flash_attention.kernels.calls import Score
 from mini_flash_attention.kernels.parts.arguments import element_type
 from mini_flash_attention.kernels.parts.seqlen import Sizes
 from mini_flash_attention.kernels.parts.sm90 import Ring, Tma, init_rings, make_ring, zero_rows
@@ -31,7 +30,7 @@ class Setup(NamedTuple):
     sizes: Sizes
     order: Order
     num_tiles: Int32
-    score: Score  # in_log2
+    scale_log2: Float32  # of plain scores
     q: Tma
     k: Tma
     v: Tma

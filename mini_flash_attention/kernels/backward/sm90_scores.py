@@ -9,13 +9,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
-from mini_flash_attention.kernels.backward.common import distances, exponentials, factor_of_dS, mask, seed
+from mini_flash_attention.kernels.backward.common import exponentials, factor_of_dS, mask, seed
 from mini_flash_attention.kernels.backward.sm90_records import Setup, Shared
 from mini_flash_attention.kernels.calls import Backward, Dropout, Score
+from mini_flash_attention.kernels.parts import scores
 from mini_flash_attention.kernels.parts.arguments import element_type
 from mini_flash_attention.kernels.parts.dropout import keep
 from mini_flash_attention.kernels.parts.fragments import convert, rows_cols
-from mini_flash_attention.kernels.parts.scores import LOG2_E, transform
+from mini_flash_attention.kernels.parts.numbers import index
 from mini_flash_attention.kernels.parts.seqlen import Sizes
 from mini_flash_attention.kernels.parts.sm90 import wgmma
 
@@ -39,24 +40,20 @@ def corner(config, key: Int32, m_block: Int32, free: tuple[Int32, Int32]) -> Cor
 class HeadScore(NamedTuple):
     """What becomes of one head's K·Qᵀ in a thread's two rows; see parts/scores.py, parts/dropout.py."""
 
-    score: Score  # in_log2
+    scale_log2: Float32  # of plain scores
+    score: Score
     dropout: Dropout | None
-    slopes: cute.Tensor  # (2): the head's
-    batch_head: cute.Tensor  # (1): the head's number in the batch
+    place: cute.Tensor  # (2) int32: of the sequence in the batch, of the head
 
 
 def make_score(call: Backward, setup: Setup) -> HeadScore:
-    of_head = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(1, Int32)
-    return HeadScore(setup.score, call.dropout, *of_head)
+    return HeadScore(setup.scale_log2, call.score, call.dropout, cute.make_rmem_tensor(2, Int32))
 
 
 @cute.jit
-def set_head(config: cutlass.Constexpr, sizes: Sizes, x: HeadScore, batch: Int32, head: Int32):
+def set_head(x: HeadScore, batch: Int32, head: Int32):
     """The rows are of this head from now on."""
-    if const_expr("alibi" in config.score):
-        x.slopes.fill(x.score.slopes[batch, head] * Float32(LOG2_E))
-    if const_expr(config.dropout):
-        x.batch_head[0] = batch * sizes.heads + head
+    x.place[0], x.place[1] = batch, head
 
 
 def thread_stats(config, s: Shared) -> cute.Tensor:
@@ -78,27 +75,36 @@ def issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, 
 def probabilities(
     config: cutlass.Constexpr, sizes: Sizes, x: HeadScore, acc_S: cute.Tensor, stat: cute.Tensor, at: Corner
 ):
-    """acc_S <- P, from S. Returns, with a softcap, P times its derivative. stat: -LSE of the columns."""
-    acc_F = cute.make_rmem_tensor(acc_S.layout, Float32) if const_expr("softcap" in config.score) else None
+    """acc_S <- P, from S. Returns P times the score's derivative, if that is not 1. stat: -LSE of the columns."""
+    acc_F = cute.make_rmem_tensor(acc_S.layout, Float32) if const_expr(config.score.factored) else None
     keys = [at.key, at.key + 8]
-    distance = distances(sizes, keys, at.query)
-    transform(config, x.score, rows_cols(acc_S), x.slopes, distance)
+    if const_expr(config.score):
+        rows = index(at.key), index(at.key, 8)
+        batch, head, lengths = x.place[0], x.place[1], (sizes.seqlen_q, sizes.seqlen_k)
+        F = rows_cols(acc_F) if const_expr(acc_F is not None) else None
+        place = scores.Corner(batch, (head, head), rows, at.query, *lengths, transposed=True)
+        scores.transform(config, x.score, rows_cols(acc_S), place, F)
     if at.masked:
         mask(config, sizes, acc_S, keys, at.query)
-    if const_expr(config.score == "plain"):
+        if const_expr(acc_F is not None):
+            mask(config, sizes, acc_F, keys, at.query, 0.0)  # else 0 · NaN, if it is one there
+    if const_expr(not config.score):
         for i in cutlass.range_constexpr(cute.size(acc_S)):
-            acc_S[i] = cute.math.exp2(acc_S[i] * x.score.scale, fastmath=True)
+            acc_S[i] = cute.math.exp2(acc_S[i] * x.scale_log2, fastmath=True)
     else:
-        exponentials(config, x.score, acc_S, stat, x.slopes, distance, acc_F)
+        exponentials(acc_S, stat, acc_F)
     return acc_F
 
 
 @cute.jit
-def factors(config: cutlass.Constexpr, x: HeadScore, acc_P: cute.Tensor, acc_F, at: Corner):
+def factors(
+    config: cutlass.Constexpr, sizes: Sizes, x: HeadScore, acc_P: cute.Tensor, acc_F, at: Corner
+):
     """In 16 bits: P, without what is dropped, and what dS takes in its place, negative where dropped."""
     P = cute.make_rmem_tensor(acc_P.layout, element_type(config))
     convert(acc_P, P)
-    F = factor_of_dS(config, x.dropout, P, acc_F, [at.key], at.query, x.batch_head[0])
+    batch_head = x.place[0] * sizes.heads + x.place[1]
+    F = factor_of_dS(config, x.dropout, P, acc_F, [at.key], at.query, batch_head)
     if const_expr(config.dropout):
         kept = cute.make_rmem_tensor(acc_P.layout, P.element_type)
         keep(P, kept)

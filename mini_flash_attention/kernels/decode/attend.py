@@ -20,7 +20,8 @@ from mini_flash_attention.kernels.decode.division import Tile, Warp
 from mini_flash_attention.kernels.parts import arguments
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, rows_cols, transposed
 from mini_flash_attention.kernels.parts.rest import clear_rest
-from mini_flash_attention.kernels.parts.scores import scale_log2, transform
+from mini_flash_attention.kernels.parts.numbers import index
+from mini_flash_attention.kernels.parts.scores import Corner, scale_log2, transform
 from mini_flash_attention.kernels.parts.seqlen import clamp
 from mini_flash_attention.kernels.parts.sm80 import Operand, gemm, make_tiled_load, make_tiled_mma, operand_B
 from mini_flash_attention.kernels.parts.softmax import OnlineSoftmax
@@ -85,7 +86,7 @@ class Work(NamedTuple):
     softmax: OnlineSoftmax
     rows: cute.Tensor  # (2): in the tile
     diagonal: cute.Tensor  # (2): the key on each row's diagonal
-    slopes: cute.Tensor  # (2)
+    heads: cute.Tensor  # (2): the query head of each row
     column: Int32  # of the thread's first element of acc_S, in a block
 
 
@@ -151,10 +152,6 @@ kernel.set_name_prefix("mfa_decode", remove_cutlass_symbol=True)
 @cute.jit
 def attend(config: cutlass.Constexpr, call: Decode, x: Loader, w: Work):
     """O and the softmax's sums over this warp's keys."""
-    if const_expr("alibi" in config.score):
-        for r in cutlass.range_constexpr(2):
-            _, head = x.tile.query_and_head(w.rows[r])
-            w.slopes[r] = call.score.slopes[x.tile.position.sequence, head]
     if const_expr(config.page):
         look_up(config, call, x, x.tile.begin)
     for i in cutlass.range_constexpr(config.slots - 1):
@@ -193,10 +190,12 @@ def step(config: cutlass.Constexpr, call: Decode, x: Loader, w: Work, block: Int
     w.acc_S.fill(0.0)
     gemm(w.tiled_mma, w.acc_S, w.q, operand_B(w.tiled_mma, x.ring.chunk(slot), transpose=False), x.warp.lane)
     key = block * config.tile_n + w.column
-    distances = cute.make_rmem_tensor(w.diagonal.shape, Int32)
-    for r in cutlass.range_constexpr(cute.size(distances)):
-        distances[r] = w.diagonal[r] - key
-    transform(config, call.score, rows_cols(w.acc_S), w.slopes, distances)
+    if const_expr(config.score):
+        seqlen_q, seqlen_k = x.tile.q.seqlen, x.tile.k.seqlen
+        rows = tuple(index(w.diagonal[r] + seqlen_q - seqlen_k) for r in range(2))
+        heads = tuple(w.heads[r] for r in range(2))
+        at = Corner(x.tile.position.sequence, heads, rows, key, seqlen_q, seqlen_k)
+        transform(config, call.score, rows_cols(w.acc_S), at)
     if block < x.tile.free_first or block >= x.tile.free_end:
         mask(call, x.tile, w, key)
     w.softmax.renew(w.acc_S, w.acc_O, w.softmax.row_sum, True)
@@ -312,12 +311,12 @@ def make_work(config, call: Decode, tiled_mma: cute.TiledMma, tile: Tile, warp: 
     acc_O = cute.make_rmem_tensor(thr_mma.partition_shape_C((16, config.head_dim)), Float32)
     Q = cute.make_rmem_tensor(thr_mma.partition_shape_A((16, config.head_dim)), dtype)
     P = cute.make_rmem_tensor(as_operand_A(acc_S).shape, dtype)
-    offset, row_sum, slopes = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
-    rows, diagonal = (cute.make_rmem_tensor(2, Int32) for _ in range(2))
+    offset, row_sum = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
+    rows, heads, diagonal = (cute.make_rmem_tensor(2, Int32) for _ in range(3))
     for r in range(2):
         rows[r] = 16 * warp.row_warp + warp.lane // 4 + 8 * r
-        query, _ = tile.query_and_head(rows[r])
+        query, heads[r] = tile.query_and_head(rows[r])
         diagonal[r] = query + tile.k.seqlen - tile.q.seqlen
     softmax = OnlineSoftmax(offset, row_sum, scale_log2(config, call.score))
     column = warp.key_warp * config.chunk + 2 * (warp.lane % 4)
-    return Work(tiled_mma, Operand(Q), Operand(P), acc_S, acc_O, softmax, rows, diagonal, slopes, column)
+    return Work(tiled_mma, Operand(Q), Operand(P), acc_S, acc_O, softmax, rows, diagonal, heads, column)

@@ -16,7 +16,7 @@ from mini_flash_attention.kernels.calls import CU_SEQLENS_Q, Decode
 from mini_flash_attention.kernels.decode.division import Tile
 from mini_flash_attention.kernels.decode.splits import MAX_SPLITS
 from mini_flash_attention.kernels.parts.fragments import convert
-from mini_flash_attention.kernels.parts.scores import LOG2_E
+from mini_flash_attention.kernels.parts.numbers import LOG2_E
 
 LOG2, NATURAL = 1.0, LOG2_E  # the unit of a logarithm, in log2
 

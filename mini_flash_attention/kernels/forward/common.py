@@ -9,25 +9,27 @@ from cutlass import Float32, Int32, const_expr
 
 from mini_flash_attention.kernels.parts import dropout
 from mini_flash_attention.kernels.parts.fragments import convert, rescale, rows_cols
-from mini_flash_attention.kernels.parts.scores import transform
+from mini_flash_attention.kernels.parts.numbers import index
+from mini_flash_attention.kernels.parts.scheduler import Tile
+from mini_flash_attention.kernels.parts.scores import Corner, transform
 from mini_flash_attention.kernels.parts.seqlen import Sizes
 
 
 @cute.jit
-def to_scores(
-    config: cutlass.Constexpr, w, sizes: Sizes, slope: Float32 | None, m_block: Int32, n_block: Int32
-):
-    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies. slope: ALiBi's."""
-    if const_expr(config.score != "plain"):
+def to_scores(config: cutlass.Constexpr, w, sizes: Sizes, tile: Tile, m_block: Int32, n_block: Int32):
+    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies."""
+    if const_expr(config.score):
         S, rc = rows_cols(w.acc_S), rows_cols(w.coords)
-        diagonal = m_block * config.tile_m + sizes.seqlen_k - sizes.seqlen_q - n_block * config.tile_n
-        rows = cute.size(S, mode=[0])
-        slopes, distances = cute.make_rmem_tensor(rows, Float32), cute.make_rmem_tensor(rows, Int32)
-        for r in cutlass.range_constexpr(rows):
-            distances[r] = diagonal + rc[r, 0][0] - rc[r, 0][1]
-            if const_expr("alibi" in config.score):
-                slopes[r] = slope
-        transform(config, w.call.score, S, slopes, distances)
+        first = m_block * config.tile_m + rc[0, 0][0]
+        rows = tuple(index(first, row_offset(config, r)) for r in range(cute.size(S, mode=[0])))
+        column = n_block * config.tile_n + rc[0, 0][1]
+        at = Corner(tile.batch, (tile.head,) * len(rows), rows, column, sizes.seqlen_q, sizes.seqlen_k)
+        transform(config, w.call.score, S, at)
+
+
+def row_offset(config, r: int) -> int:
+    """How far a thread's row r lies below its first one: 8, then as many as all warps have."""
+    return 8 * r if r < 2 else r % 2 * 8 + r // 2 * 16 * config.warps
 
 
 @cute.jit

@@ -79,7 +79,6 @@ class Work(NamedTuple):
     acc_O: cute.Tensor  # ((2, 2), tile_m / (16 * warps), d / 8)
     coords: cute.Tensor  # (row, column) of each element of acc_S
     softmax: OnlineSoftmax
-    slope: Float32 | None  # ALiBi's, of the tile's head
     batch_head: Int32 | None  # batch * heads + head of the tile, of which dropout is a function
 
 
@@ -156,10 +155,10 @@ def step(config: cutlass.Constexpr, w: Work, n_block: Int32, masked: cutlass.Con
     arrive()  # V[n] has arrived: P·V reads it. K[n] has been read: K[n - 1] overwrites it
     if n_block > walk(config, w).first:
         load_block(w, w.call.mK, w.sK, n_block - 1, True)
-    to_scores(config, w, w.sizes, w.slope, opaque(w.tile.m_block), n_block)
+    to_scores(config, w, w.sizes, w.tile, opaque(w.tile.m_block), n_block)
     if const_expr(masked):
         mask(config, w, w.sizes, opaque(w.tile.m_block), n_block)
-    w.softmax.renew(w.acc_S, w.acc_O, w.softmax.row_sum, masked)
+    w.softmax.renew(w.acc_S, w.acc_O, w.softmax.row_sum, masked or config.score.hides)
     convert(as_operand_A(w.acc_S), w.p.fragment)
     if const_expr(config.dropout):
         drop(config, w, w.p.fragment, opaque(w.batch_head), opaque(w.tile.m_block), n_block)
@@ -256,7 +255,6 @@ def make_work(config, call: Forward, setup: Setup, tile: Tile) -> Work:
         acc_O=acc_O,
         coords=thr_mma.partition_C(cute.make_identity_tensor(tile_s)),
         softmax=OnlineSoftmax(offset, row_sum, scale_log2(config, call.score)),
-        slope=call.score.slopes[tile.batch, tile.head] if "alibi" in config.score else None,
         batch_head=tile.batch * sizes.heads + tile.head if config.dropout else None,
     )
 

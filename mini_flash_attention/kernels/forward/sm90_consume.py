@@ -5,7 +5,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from mini_flash_attention.kernels.calls import Forward
@@ -82,11 +82,9 @@ def first_S(config: cutlass.Constexpr, w: Work, tile: Tile, t: Int32, it: Int32,
 def first_P(config: cutlass.Constexpr, w: Work, job: Job):
     """S of a tile's first block becomes P, with the rows' first offsets."""
     tile, start = job.tile, job.walk.start
-    if const_expr("alibi" in config.score):
-        w.slope[0] = w.call.score.slopes[tile.batch, tile.head]
     if const_expr(config.dropout):
         w.batch_head[0] = tile.batch * job.sizes.heads + tile.head
-    to_scores(config, w, job.sizes, w.slope[0], tile.m_block, start)
+    to_scores(config, w, job.sizes, tile, tile.m_block, start)
     if start >= job.walk.free_end:  # else every row sees it whole
         mask(config, w, job.sizes, tile.m_block, start)
     w.softmax.first(w.acc_S)
@@ -128,7 +126,7 @@ def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32
     issue_O(w, it)
     next_turn(config, w.wg)
     warpgroup.wait_group(1)  # S is there: it may be read; P·V runs on
-    to_scores(config, w, job.sizes, w.slope[0], job.tile.m_block, n_block)
+    to_scores(config, w, job.sizes, job.tile, job.tile.m_block, n_block)
     w.sums.fill(0.0)
     ok = Boolean(True)
     if const_expr(masked):
@@ -137,15 +135,15 @@ def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32
         warpgroup.wait_group(0)  # P·V is done: P and acc_O may be written
         w.softmax.renew(w.acc_S, w.acc_O, w.sums, True)
     else:
-        w.softmax.exponentials(rows_cols(w.acc_S), w.sums, False)
+        w.softmax.exponentials(rows_cols(w.acc_S), w.sums, config.score.hides)
         ok = in_range(config, w)
         warpgroup.wait_group(0)  # P·V is done: P and acc_O may be written
         if not ok:
             issue_S(config, w, job.t, it + 1)
             warpgroup.wait_group(0)  # S is there once more: it may be read
-            to_scores(config, w, job.sizes, w.slope[0], job.tile.m_block, n_block)
+            to_scores(config, w, job.sizes, job.tile, job.tile.m_block, n_block)
             w.sums.fill(0.0)
-            w.softmax.renew(w.acc_S, w.acc_O, w.sums, False)
+            w.softmax.renew(w.acc_S, w.acc_O, w.sums, config.score.hides)
         release(w.s.k_ring, it + 1, w.lane)  # K may be overwritten; not earlier: S needed it once more
     for r in cutlass.range_constexpr(cute.size(w.sums)):
         w.softmax.row_sum[r] = w.softmax.row_sum[r] + w.sums[r]
@@ -226,8 +224,14 @@ def load_Q(config: cutlass.Constexpr, w: Work, t: Int32):
 
 @cute.jit
 def in_range(config: cutlass.Constexpr, w: Work):
-    """Whether all sums of the WG, so all of its P, are far from overflow in P's dtype; not if one is NaN."""
+    """Whether all sums of the WG, so all of its P, are far from overflow in P's dtype; not if one is NaN.
+
+    Nor where a row has no offset yet, since a function has hidden all its keys: this block may bring its first.
+    """
     limit = 2.0**60 if const_expr(config.dtype == "bfloat16") else 2.0**15
+    if const_expr(config.score.hides):
+        for r in cutlass.range_constexpr(2):
+            w.sums[r] = Float32.inf if w.softmax.offset[r] == -Float32.inf else w.sums[r]
     # The barrier: the WG must agree, since it can only compute S again as a whole.
     return all_true(cute.arch.fmax(w.sums[0], w.sums[1], nan=True) < limit, WG + w.wg)
 

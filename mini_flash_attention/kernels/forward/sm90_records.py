@@ -70,7 +70,6 @@ class Work(NamedTuple):
     sums: cute.Tensor  # of one block's rows
     coords: cute.Tensor  # (row, column) of each element of acc_S
     softmax: OnlineSoftmax
-    slope: cute.Tensor  # (1): ALiBi's, of the tile's head
     batch_head: cute.Tensor  # (1) int32: batch * heads + head of the tile, of which dropout is a function
 
 
@@ -123,6 +122,5 @@ def make_work(config, call: Forward, setup: Setup, s: Shared) -> Work:
         sums=sums,
         coords=thr_qk.partition_C(cute.make_identity_tensor(tile_s)),
         softmax=OnlineSoftmax(offset, row_sum, scale_log2(config, call.score)),
-        slope=cute.make_rmem_tensor(1, Float32),
         batch_head=cute.make_rmem_tensor(1, Int32),
     )

@@ -12,6 +12,14 @@ from mini_flash_attention.kernels import calls
 from mini_flash_attention.kernels.calls import Dropout, Ragged, Rotary, Score
 
 NUMBER = Int32(1)  # any int32
+CAPTURED = {
+    "float32": "Float32",
+    "float16": "Float16",
+    "bfloat16": "BFloat16",
+    "int32": "Int32",
+    "int64": "Int64",
+    "bool": "Uint8",
+}
 
 
 def element_type(config) -> type:
@@ -94,12 +102,19 @@ def blocks(count: tuple, *block: int) -> cute.Tensor:
 
 
 def fake_score(config) -> Score:
-    softcap = Float32(1) if "softcap" in config.score else None
-    slopes = None
-    if "alibi" in config.score:
-        strides = cute.sym_int64(), cute.sym_int64()
-        slopes = make_fake_tensor(Float32, (cute.sym_int(), cute.sym_int()), stride=strides, assumed_align=4)
-    return Score(Float32(1), softcap, slopes)
+    return Score(Float32(1), tuple(map(fake_captured, config.score.kinds)) or None)
+
+
+def fake_captured(kind: str) -> Float32 | Int32 | cute.Tensor:
+    """kind: as in scores.capture."""
+    name, _, ndim = kind.partition(" ")
+    if not ndim:
+        return Float32(1) if name == "float" else NUMBER
+    dtype = getattr(cutlass, CAPTURED[name.partition(":")[2]])
+    rank = max(int(ndim), 1)
+    shape = tuple(cute.sym_int() for _ in range(rank))
+    strides = (*(cute.sym_int64() for _ in range(rank - 1)), 1)
+    return make_fake_tensor(dtype, shape, stride=strides, assumed_align=dtype.width // 8)
 
 
 def fake_dropout(config) -> Dropout | None:
