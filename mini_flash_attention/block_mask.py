@@ -23,10 +23,10 @@ from torch import Tensor
 from mini_flash_attention import checks
 from mini_flash_attention.masks import MaskMod, and_masks, index_into, not_mask, or_masks
 
-# Pairs of query and key that are evaluated at once. On a GPU their bools, 16 MB, stay in the L2 cache of an
-# H100, and an operation should still take longer than its launch (not measured yet). On a CPU 2^24 costs 2
-# to 3 times more where mask_mod makes int32 matrices, whose memory is new each time (8k x 8k, one core).
-STRIP_ELEMENTS = {"cuda": 2**24, "cpu": 2**22}
+# Pairs of query and key that are evaluated at once. On a GPU their bools, 32 MB, stay in the L2 cache of an
+# H100, and an operation should take longer than its launch (estimated, not measured yet). On a CPU 2^24 costs
+# 2 to 3 times more where mask_mod makes int32 matrices, whose memory is new each time (8k x 8k, one core).
+STRIP_ELEMENTS = {"cuda": 2**25, "cpu": 2**22}
 
 EMPTY, PARTIAL, FULL = " ", "▒", "█"
 
@@ -93,9 +93,8 @@ class BlockMask:
             shape, dtype, device = checks.facts(name, x)
             checks.require(dtype == torch.bool, f"{name} must be torch.bool, not {dtype}", TypeError)
             checks.sizes(name, shape, "B, H, blocks of queries, blocks of keys", (None, None, *blocks))
-            checks.require(
-                min(shape[:2]) > 0, f"{name} has shape {tuple(shape)}, but B and H must be positive"
-            )
+            message = f"{name} has shape {tuple(shape)}, but B and H must be positive"
+            checks.require(min(shape[:2]) > 0, message)
         both = f"partial is {tuple(partial.shape)} on {partial.device}, full is {tuple(shape)} on {device}"
         alike = partial.shape == shape and partial.device == device
         checks.require(alike, f"partial and full must have one shape and one device, but {both}")
@@ -117,9 +116,8 @@ class BlockMask:
         Raises:
             TypeError, ValueError: an argument is wrong: the message names it and says what is allowed.
         """
-        from torch.nn.attention import (
-            flex_attention,
-        )  # slow to import, but whoever has a block_mask has done it
+        # Slow to import, but whoever has a block_mask has done it.
+        from torch.nn.attention import flex_attention
 
         kind = f"{type(block_mask).__module__}.{type(block_mask).__name__}"
         message = f"block_mask must be a torch.nn.attention.flex_attention.BlockMask, not {kind}"
@@ -128,6 +126,8 @@ class BlockMask:
         message = f"BLOCK_SIZE of block_mask must be multiples of 128, not {sizes}: create it anew with 128"
         checks.require(all(size > 0 and size % 128 == 0 for size in sizes), message)
         given, its_own = (seqlen_q, seqlen_k), block_mask.seq_lengths
+        named = zip(("seqlen_q", "seqlen_k"), given, strict=True)
+        _integers(**{name: seqlen for name, seqlen in named if seqlen is not None})
         lengths = tuple(int(own if one is None else one) for one, own in zip(given, its_own, strict=True))
         for name, seqlen, own, size in zip(("seqlen_q", "seqlen_k"), lengths, its_own, sizes, strict=True):
             blocks = math.ceil(own / size)
@@ -262,22 +262,15 @@ class BlockMask:
             from matplotlib import pyplot
             from matplotlib.colors import ListedColormap
         except ImportError as error:
-            raise ImportError(
-                "plot needs matplotlib: pip install matplotlib; to_text needs nothing"
-            ) from error
+            message = "plot needs matplotlib: pip install matplotlib; to_text needs nothing"
+            raise ImportError(message) from error
         if ax is None:
             _, ax = pyplot.subplots()
         states = self._states(batch, head)
         rows, columns = (blocks * self.block_size for blocks in states.shape)
         colours = ListedColormap(["white", "#9ecae1", "#08519c"])
-        ax.imshow(
-            states.numpy(),
-            cmap=colours,
-            vmin=0,
-            vmax=2,
-            extent=(0, columns, rows, 0),
-            interpolation="nearest",
-        )
+        extent = 0, columns, rows, 0
+        ax.imshow(states.numpy(), cmap=colours, vmin=0, vmax=2, extent=extent, interpolation="nearest")
         ax.set(xlabel="key", ylabel="query", title=repr(self))
         return ax
 
@@ -381,10 +374,8 @@ def _evaluate(mask_mod: MaskMod, indices: tuple[Tensor, ...]) -> Tensor:
     try:
         visible = mask_mod(*indices)
     except IndexError as error:
-        message = "it needs one for every batch, head, query and key"
-        raise ValueError(
-            f"mask_mod reads a value that a tensor does not have ({error}): {message}"
-        ) from error
+        message = f"mask_mod reads a value that a tensor does not have ({error})"
+        raise ValueError(f"{message}: it needs one for every batch, head, query and key") from error
     except RuntimeError as error:
         if "Boolean value of Tensor" not in str(error):
             raise
@@ -399,16 +390,11 @@ def _evaluate(mask_mod: MaskMod, indices: tuple[Tensor, ...]) -> Tensor:
     if visible.device != device:
         raise ValueError(f"mask_mod returns a tensor on {visible.device}, but the mask is to be on {device}")
     sizes = [index.numel() for index in indices]
-    broadcast = visible[(None,) * (4 - visible.ndim)] if visible.ndim < 4 else visible
-    fits = broadcast.ndim == 4 and all(
-        one in (1, size) for one, size in zip(broadcast.shape, sizes, strict=True)
-    )
-    if not fits:
-        shape = tuple(visible.shape)
-        raise ValueError(
-            f"mask_mod returns shape {shape}: it must broadcast to (B, H, queries, keys) = {sizes}"
-        )
-    return broadcast
+    shape = (1,) * (4 - visible.ndim) + visible.shape
+    if len(shape) > 4 or any(one not in (1, size) for one, size in zip(shape, sizes, strict=True)):
+        message = f"mask_mod returns shape {tuple(visible.shape)}"
+        raise ValueError(f"{message}: it must broadcast to (B, H, queries, keys) = {sizes}")
+    return visible.view(shape)
 
 
 def _count(visible: Tensor, block_size: int) -> Tensor:
@@ -418,10 +404,14 @@ def _count(visible: Tensor, block_size: int) -> Tensor:
     """
     if visible.shape[-1] == 1:
         visible = visible.expand(-1, -1, -1, 8)
-    rows, columns = (min(size, block_size) for size in visible.shape[-2:])  # of a block, or standing for all
+    b, h, m, n = visible.shape
+    rows, columns = min(m, block_size), min(n, block_size)  # of a block, or standing for all of them
     at_once = math.gcd(rows, 128)
-    eights = visible.contiguous().view(torch.int64).unflatten(-2, (-1, rows // at_once, at_once)).sum(-2)
-    counts = eights.view(torch.uint8).unflatten(-1, (-1, columns)).sum((-3, -1), dtype=torch.int32)
+    eights = visible.contiguous().view(torch.int64)
+    of_rows = eights.view(b, h, m // rows, rows // at_once, at_once, n // 8).sum(4).view(torch.uint8)
+    counts = of_rows.view(b, h, m // rows, rows // at_once, n // columns, columns).sum(
+        (3, 5), dtype=torch.int32
+    )
     stands_for = block_size**2 // (rows * columns)
     return counts * stands_for if stands_for > 1 else counts
 
