@@ -5,6 +5,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from mini_flash_attention.block_mask import BlockMask as BlockMask
+from mini_flash_attention.block_mask import create_block_mask as create_block_mask
+
 __version__: str
 
 @overload

@@ -21,6 +21,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from mini_flash_attention.block_mask import BlockMask as BlockMask
+from mini_flash_attention.block_mask import create_block_mask as create_block_mask
+
 __version__: str
 '''
 # The flag, what is returned without it, and with it.
@@ -31,7 +34,8 @@ RETURNED = {
 
 
 def stub() -> str:
-    functions = [(name, getattr(mini_flash_attention, name)) for name in mini_flash_attention.__all__]
+    names = [name for name in mini_flash_attention.__all__ if f" as {name}\n" not in HEAD]
+    functions = [(name, getattr(mini_flash_attention, name)) for name in names]
     return HEAD + "".join(text for name, value in functions if callable(value) for text in of(name, value))
 
 

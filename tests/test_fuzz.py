@@ -214,7 +214,9 @@ def test_a_failure_is_printed_as_a_script(
 @pytest.mark.full
 def test_calls_reach_every_function_and_argument() -> None:
     """Each argument is given in a valid call and wrong in an invalid one."""
-    functions = {name: getattr(mini_flash_attention, name) for name in mini_flash_attention.__all__[1:]}
+    made_before_calls = "BlockMask", "create_block_mask"  # these have their own random tests
+    names = [name for name in mini_flash_attention.__all__[1:] if name not in made_before_calls]
+    functions = {name: getattr(mini_flash_attention, name) for name in names}
     missing = {
         (name, argument, kind)
         for name, function in functions.items()
