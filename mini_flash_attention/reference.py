@@ -68,9 +68,10 @@ def attention(
     place = [torch.arange(*ends, device=q.device).view(-1, *[1] * (3 - i)) for i, ends in sizes]
     if score_mod is not None:
         scores = score_mod(scores, *place).to(dtype)
+        hidden = hidden | (scores == float("-inf"))
     if mask_mod is not None:
         hidden = hidden | ~torch.as_tensor(mask_mod(*place), device=q.device)
-        hidden = hidden.expand(scores.shape)
+    hidden = hidden.expand(scores.shape)
     scores = scores.masked_fill(hidden, float("-inf"))
 
     lse = torch.logsumexp(scores, dim=-1)

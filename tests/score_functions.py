@@ -9,7 +9,9 @@ from torch import Tensor
 Functions = dict[str, Callable[..., Any]]
 
 
-def functions(name: str, batch: int, heads: int, seqlen: int, device: torch.device | str = "cpu") -> Functions:
+def functions(
+    name: str, batch: int, heads: int, seqlen: int, device: torch.device | str = "cpu"
+) -> Functions:
     """score_mod, mask_mod or both. seqlen: the longer of queries and keys."""
     generator = torch.Generator().manual_seed(7)
 

@@ -285,7 +285,9 @@ def _walk_partial(x: functools.partial, path: str, values: list[Any], parents: t
     return ("partial", names, *keys), build
 
 
-def _walk_function(f: types.FunctionType, path: str, values: list[Any], parents: tuple) -> tuple[tuple, Build]:
+def _walk_function(
+    f: types.FunctionType, path: str, values: list[Any], parents: tuple
+) -> tuple[tuple, Build]:
     code = f.__code__
     try:
         closure = zip(code.co_freevars, f.__closure__ or (), strict=True)

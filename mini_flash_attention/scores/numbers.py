@@ -64,7 +64,9 @@ class Number:
     __hash__ = None
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         name = function.__name__
         if name not in FUNCTIONS:
             raise CannotTrace(f"torch.{name} is not known to kernels, but {known()}")
@@ -80,7 +82,7 @@ class Number:
 class Table:
     """A captured tensor: it gives a number for one integer for each dimension.
 
-    Indices are cut to what the tensor holds: a function is also asked about keys beyond a sequence's end.
+    An index out of range reads the last element: functions are also asked about keys beyond a sequence's end.
     """
 
     def __init__(self, ops: Any, tensor: Any, ndim: int) -> None:
@@ -89,20 +91,26 @@ class Table:
     def __getitem__(self, index: Any) -> Number:
         index = index if isinstance(index, tuple) else (index,)
         if len(index) != self.ndim:
-            raise CannotTrace(f"a captured tensor of {self.ndim} dimensions needs as many indices, not {len(index)}")
+            raise CannotTrace(
+                f"a captured tensor of {self.ndim} dimensions needs as many indices, not {len(index)}"
+            )
         for i in index:
             if not isinstance(i, Number | int):
                 raise CannotTrace(f"a captured tensor takes numbers as indices, no {type(i).__name__}")
             if self.ops.kind(i.x if isinstance(i, Number) else i) != "int":
                 raise CannotTrace("a captured tensor takes integers as indices: write .int()")
-        return Number(self.ops, self.ops.load(self.tensor, [i.x if isinstance(i, Number) else i for i in index]))
+        return Number(
+            self.ops, self.ops.load(self.tensor, [i.x if isinstance(i, Number) else i for i in index])
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise CannotTrace(f"a captured tensor can only be indexed in a kernel, it has no '{name}'")
 
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
-        raise CannotTrace(f"a captured tensor can only be indexed in a kernel: no torch.{function.__name__} of it")
+        raise CannotTrace(
+            f"a captured tensor can only be indexed in a kernel: no torch.{function.__name__} of it"
+        )
 
 
 def known() -> str:

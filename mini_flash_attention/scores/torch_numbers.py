@@ -83,7 +83,8 @@ class TorchOps:
 
     def load(self, tensor: Tensor, index: list[Any]) -> Tensor:
         index = [torch.as_tensor(i, device=self.device).long() for i in index]
-        return tensor[tuple(i.clamp(0, n - 1) for i, n in zip(index, tensor.shape, strict=True))]
+        ends = zip(index, tensor.shape, strict=True)
+        return tensor[tuple(torch.where((i < 0) | (i >= n), n - 1, i) for i, n in ends)]
 
     def cast(self, a: Any, kind: str) -> Any:
         if kind == "float":

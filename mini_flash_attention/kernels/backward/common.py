@@ -45,7 +45,7 @@ def mask(
 ):
     """acc <- hidden where a query may not see a key. keys: of the thread's rows; query: of its first column.
 
-    Keys from seqlen_k on are zeros, whose P = exp(-LSE) may be infinite.
+    hidden: -inf for scores, 0 for P. Keys from seqlen_k on are zeros, whose P = exp(-LSE) may be infinite.
     """
     X, diagonals = rows_cols(acc), distances(sizes, keys, query)
     left, right = sizes.window(config.mask)

@@ -62,11 +62,11 @@ def probabilities(config: cutlass.Constexpr, w: Work, x: Place, at: Int32, p: Op
                 S[i] = cute.math.exp2(S[i] * w.setup.scale_log2, fastmath=True)
         else:
             scores_of(config, w, x, S, acc_F, query)
-            if masked:
-                mask(config, w.sizes(), S, w.keys(config), query)
-                if const_expr(acc_F is not None):
-                    mask(config, w.sizes(), acc_F, w.keys(config), query, 0.0)  # else 0 · NaN, if it is one there
             exponentials(S, columns(w.smem.stats[None, at], lane, 16 * k, 16), acc_F)
+            if masked:
+                mask(config, w.sizes(), S, w.keys(config), query, 0.0)
+                if const_expr(acc_F is not None):
+                    mask(config, w.sizes(), acc_F, w.keys(config), query, 0.0)
         convert(S, P)
         keys, batch_head = None, None
         if const_expr(config.dropout):

@@ -84,22 +84,21 @@ def probabilities(
         F = rows_cols(acc_F) if const_expr(acc_F is not None) else None
         place = scores.Corner(batch, (head, head), rows, at.query, *lengths, transposed=True)
         scores.transform(config, x.score, rows_cols(acc_S), place, F)
-    if at.masked:
-        mask(config, sizes, acc_S, keys, at.query)
-        if const_expr(acc_F is not None):
-            mask(config, sizes, acc_F, keys, at.query, 0.0)  # else 0 · NaN, if it is one there
-    if const_expr(not config.score):
+        exponentials(acc_S, stat, acc_F)
+        if at.masked:
+            mask(config, sizes, acc_S, keys, at.query, 0.0)
+            if const_expr(acc_F is not None):
+                mask(config, sizes, acc_F, keys, at.query, 0.0)
+    else:
+        if at.masked:
+            mask(config, sizes, acc_S, keys, at.query)
         for i in cutlass.range_constexpr(cute.size(acc_S)):
             acc_S[i] = cute.math.exp2(acc_S[i] * x.scale_log2, fastmath=True)
-    else:
-        exponentials(acc_S, stat, acc_F)
     return acc_F
 
 
 @cute.jit
-def factors(
-    config: cutlass.Constexpr, sizes: Sizes, x: HeadScore, acc_P: cute.Tensor, acc_F, at: Corner
-):
+def factors(config: cutlass.Constexpr, sizes: Sizes, x: HeadScore, acc_P: cute.Tensor, acc_F, at: Corner):
     """In 16 bits: P, without what is dropped, and what dS takes in its place, negative where dropped."""
     P = cute.make_rmem_tensor(acc_P.layout, element_type(config))
     convert(acc_P, P)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import Boolean, Float32, Int32, Uint32
 from cutlass._mlir.dialects import arith
 
 LOG2_E = 1.4426950408889634
@@ -177,9 +177,10 @@ class KernelOps:
         return cute.arch.rcp_approx(1.0 + self.exp2(self.floating(self.mul(a, -LOG2_E))))
 
     def load(self, tensor: cute.Tensor, index: list[Any]) -> Any:
-        """Of a tensor without dimensions: its only element."""
-        index = [self.minimum(self.maximum(i, 0), n - 1) for i, n in zip(index, tensor.shape, strict=False)]
-        x = tensor[tuple(index) or 0]
+        """An index out of range becomes the last one: unsigned, a negative one is large."""
+        ends = zip(index, tensor.shape, strict=False)
+        index = [Int32(cutlass.min(Uint32(self.number(i)), Uint32(n - 1))) for i, n in ends]
+        x = tensor[tuple(index) or 0]  # 0: of a tensor without dimensions
         if tensor.element_type is cutlass.Uint8:
             return x != 0
         return x.to(Float32 if tensor.element_type.is_float else Int32)

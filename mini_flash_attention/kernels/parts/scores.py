@@ -39,7 +39,9 @@ class Corner(NamedTuple):
         return Place(self.batch, self.heads[r], q_idx, kv_idx, self.seqlen_q, self.seqlen_k)
 
 
-def transform(config, score: Score, S: cute.Tensor, at: Corner, derivatives: cute.Tensor | None = None) -> None:
+def transform(
+    config, score: Score, S: cute.Tensor, at: Corner, derivatives: cute.Tensor | None = None
+) -> None:
     """S <- scores, from Q·Kᵀ; before the mask. derivatives, if given, <- theirs with respect to S · scale.
 
     S: this thread's (rows, columns), see fragments.rows_cols.
