@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import backend, checks, ops
+from mini_flash_attention.block_mask import BlockMask
 from mini_flash_attention.gpu import fast
 from mini_flash_attention.problem import (
     Inputs,
@@ -25,8 +26,8 @@ from mini_flash_attention.problem import (
 
 ScoreMod = Callable[[Any, Any, Any, Any, Any], Any]  # score, batch, head, q_idx, kv_idx
 MaskMod = Callable[[Any, Any, Any, Any], Any]  # batch, head, q_idx, kv_idx
-Functions = tuple[ScoreMod | None, MaskMod | None]
-NO_FUNCTIONS = (None, None)
+Functions = tuple[ScoreMod | None, MaskMod | None, BlockMask | None]
+NO_FUNCTIONS = (None, None, None)
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
 KV = checks.OUR_NAMES | {"k": "kv", "v": "kv"}
 QKV = checks.OUR_NAMES | {"q": "qkv", "k": "qkv", "v": "qkv"}
@@ -50,6 +51,7 @@ def flash_attn_func(
     *,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Output:
     """Exact attention, softmax(q kᵀ · softmax_scale) v, that never stores the matrix of scores.
 
@@ -84,6 +86,8 @@ def flash_attn_func(
             with its derivative. q_idx and kv_idx count from 0, unlike the diagonal. As in FlexAttention.
         mask_mod: mask_mod(batch, head, q_idx, kv_idx) returns whether the query sees the key, on top of causal
             and window_size. Written like score_mod.
+        block_mask: `create_block_mask(mask_mod, ...)` in the place of mask_mod, causal and window_size: blocks
+            that it hides are not visited. Or FlexAttention's.
 
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
@@ -100,7 +104,7 @@ def flash_attn_func(
             create_graph=True (there are no second derivatives).
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _dense(q, k, v, options, return_attn_probs, checks.OUR_NAMES, (score_mod, mask_mod))
+    return _dense(q, k, v, options, return_attn_probs, checks.OUR_NAMES, (score_mod, mask_mod, block_mask))
 
 
 def flash_attn_qkvpacked_func(
@@ -223,7 +227,7 @@ def flash_attn_varlen_func(
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
-    functions = score_mod, mask_mod
+    functions = score_mod, mask_mod, None
     return _varlen(q, k, v, lengths, options, out, return_attn_probs, checks.OUR_NAMES, functions)
 
 
@@ -363,7 +367,7 @@ def flash_attn_with_kvcache(
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     if return_softmax_lse is not False:
         return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
-    functions = score_mod, mask_mod
+    functions = score_mod, mask_mod, None
     if functions != NO_FUNCTIONS:
         out, lse = _uncompiled(_cached_with)(functions, q, k_cache, v_cache, new, places, options, num_splits)
     elif fast.is_watched(q, k_cache, v_cache):
@@ -386,7 +390,7 @@ def _dense(
     names: checks.Names,
     functions: Functions = NO_FUNCTIONS,
 ) -> Output:
-    """names: what the caller calls the arguments. functions: score_mod, mask_mod."""
+    """names: what the caller calls the arguments. functions: score_mod, mask_mod, block_mask."""
     if functions != NO_FUNCTIONS:
         return _uncompiled(_dense_with)(functions, q, k, v, options, return_attn_probs)
     if fast.is_watched(q, k, v):
@@ -497,13 +501,14 @@ class Attention(torch.autograd.Function):
         seed: int | None,
         layout: Layout | None,
         captured: tuple[Any, ...],
+        block_mask: BlockMask | None,
     ) -> tuple[Tensor, Tensor]:
-        x = Inputs(q, k, v, alibi_slopes, seed, layout, captured)
+        x = Inputs(q, k, v, alibi_slopes, seed, layout, captured, block_mask)
         out, lse = backend.forward(problem, x)
         if not problem.page_size:
             tensors = [value if isinstance(value, Tensor) else None for value in captured]
             ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *tensors, *(layout or ()))
-        ctx.problem, ctx.seed = problem, seed
+        ctx.problem, ctx.seed, ctx.block_mask = problem, seed, block_mask
         ctx.captured = [None if isinstance(value, Tensor) else value for value in captured]
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
@@ -516,7 +521,8 @@ class Attention(torch.autograd.Function):
         q, k, v, alibi_slopes, out, lse, *more = ctx.saved_tensors
         tensors, layout = more[: len(ctx.captured)], more[len(ctx.captured) :]
         captured = (y if x is None else x for x, y in zip(tensors, ctx.captured, strict=True))
-        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None, tuple(captured))
+        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
+        x = x._replace(captured=tuple(captured), block_mask=ctx.block_mask)
         if dout is None:
             dout = torch.zeros_like(out)
         run = (
@@ -524,7 +530,7 @@ class Attention(torch.autograd.Function):
             if fast.is_watched(dout, out, dout if dlse is None else dlse)
             else backend.backward
         )
-        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None, None
+        return None, *run(ctx.problem, x, out, lse, dout, dlse), *(None,) * 5
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:

@@ -316,6 +316,30 @@ def no_functions(watched: bool) -> None:
         )
 
 
+def block_mask(problem: "Problem", given: object, mask_mod: object) -> "BlockMask":
+    """The block mask of a dense call, PyTorch's as ours."""
+    from mini_flash_attention.block_mask import BlockMask
+
+    require(
+        mask_mod is None, "mask_mod: block_mask has one; combine them: create_block_mask(...) & block_mask"
+    )
+    if not isinstance(given, BlockMask):
+        given = BlockMask.from_torch(given, problem.seqlen_q, problem.seqlen_k)
+    require(given.block_size == 128, f"block_mask must have blocks of 128, not {given.block_size}")
+    batch, heads, *lengths = given.shape
+    ours = [problem.seqlen_q, problem.seqlen_k]
+    require(lengths == ours, f"block_mask is for seqlen_q, seqlen_k = {lengths}, but they are {ours}")
+    for name, size, expected in (("batch", batch, problem.batch), ("heads", heads, problem.heads_q)):
+        require(size in (1, expected), f"block_mask is for {size} {name}, but q has {expected}")
+    same = given.device == problem.device
+    require(same, f"block_mask is on {given.device}; it must be on {problem.device}, as q is")
+    windowed = (
+        "causal and window_size: put them into the mask_mod of block_mask (masks.causal, sliding_window)"
+    )
+    require(not problem.windowed, windowed)
+    return given
+
+
 def captured(role: str, value: object, device: torch.device) -> None:
     """What a score function captures."""
     if not isinstance(value, Tensor):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import checks
+from mini_flash_attention.block_mask import BlockMask
 from mini_flash_attention.checks import OUR_NAMES, STRIDED, Facts, Names, require
 from mini_flash_attention.kernels.calls import record
 from mini_flash_attention.scores.capture import Function, Scoring, built_in, capture
@@ -48,6 +49,7 @@ class Problem:
     alibi: bool = False  # the slopes themselves are an input
     score_mod: Function | None = None  # what they capture is an input, too
     mask_mod: Function | None = None
+    sparse: bool = False  # a BlockMask comes with it, whose mask is mask_mod
     dropout_p: float = 0.0
     deterministic: bool = False
     ragged: bool = False  # a Layout comes with it
@@ -118,6 +120,7 @@ class Inputs(NamedTuple):
     seed: int | Tensor | None = None  # of dropout; a tensor (1) int64 on a GPU
     layout: Layout | None = None
     captured: tuple[float | int | Tensor, ...] = ()  # by score_mod, then by mask_mod
+    block_mask: BlockMask | None = None
 
 
 class CacheUpdate(NamedTuple):
@@ -155,7 +158,9 @@ def dense(
     """
     slopes = options[5]
     tensors = *_facts_of_three(q, k, v), None if slopes is None else checks.facts_of_alibi(slopes)
-    return _remembered(_dense, tensors, options, (), names), record(Inputs, (q, k, v, slopes, None, None, ()))
+    return _remembered(_dense, tensors, options, (), names), record(
+        Inputs, (q, k, v, slopes, None, None, (), None)
+    )
 
 
 def varlen(
@@ -195,7 +200,7 @@ def varlen(
     layout = record(Layout, (cu_seqlens_q.contiguous(), packed_k, used, None, None, table, None))
     if checks.of_values(q) and problem.device.type != "meta":
         checks.values_of_varlen(problem, layout, lengths, len(k), names)
-    return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout, ()))
+    return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout, (), None))
 
 
 def cache(
@@ -254,7 +259,7 @@ def cache(
     layout = record(Layout, layout)
     if checks.of_values(q):
         checks.values_of_cache(problem, layout, update, k_cache.shape)
-    return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout, ())), update
+    return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout, (), None)), update
 
 
 def with_functions(
@@ -262,9 +267,13 @@ def with_functions(
     x: Inputs,
     score_mod: Callable[..., Any] | None,
     mask_mod: Callable[..., Any] | None,
+    block_mask: Any = None,
 ) -> tuple[Problem, Inputs]:
     """The same with functions of the scores, which `flash_attn_func` documents."""
     functions, captured = [], []
+    if block_mask is not None:
+        block_mask = checks.block_mask(problem, block_mask, mask_mod)
+        mask_mod = block_mask.as_mask_mod()
     for role, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         structure = None
         if function is not None:
@@ -275,8 +284,9 @@ def with_functions(
                 checks.captured(role, value, problem.device)
             captured += values
         functions.append(structure)
-    problem = replace(problem, score_mod=functions[0], mask_mod=functions[1])
-    return problem, x._replace(captured=tuple(captured))
+    sparse = block_mask is not None
+    problem = replace(problem, score_mod=functions[0], mask_mod=functions[1], sparse=sparse)
+    return problem, x._replace(captured=tuple(captured), block_mask=block_mask)
 
 
 def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -> tuple[tuple, tuple, tuple]:

@@ -2,7 +2,9 @@
 with a barrier or a wait taken out."""
 
 import dataclasses
+import functools
 import importlib.util
+import operator
 import re
 
 import pytest
@@ -24,6 +26,7 @@ from error_rule import check_forward, check_gradients
 from score_functions import functions
 from torch import Tensor
 
+from mini_flash_attention import create_block_mask
 from mini_flash_attention.gpu import config
 from mini_flash_attention.reference import attention
 
@@ -266,6 +269,36 @@ def test_forward(name: str) -> None:
     row = row_of(config.forward, case, options)
     out, lse = kernels.forward(row, q, k, v, options, num_sms=1)
     check_forward(out, lse, q, k, v, **options.reference(q, k))
+
+
+def with_blocks(batch: int, heads: int, seqlen_q: int, seqlen_k: int, *names: str) -> dict:
+    """Functions, with the blocks of their mask."""
+    given = functools.reduce(
+        operator.or_, (functions(name, batch, heads, max(seqlen_q, seqlen_k)) for name in names)
+    )
+    sizes = batch, heads, seqlen_q, seqlen_k
+    return given | {"block_mask": create_block_mask(given["mask_mod"], *sizes)}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "d, names", [(64, ("documents",)), (128, ("late", "relative_bias")), (192, ("sink_window",))]
+)
+def test_block_mask(d: int, names: tuple[str, ...]) -> None:
+    """Forward and backward, whose blocks are none, partial and full; heads share a key head."""
+    case, sizes = SM90 | {"d": d}, (300, 520)
+    options = Options(**with_blocks(1, 2, *sizes, *names))
+    q, k, v = dense(case, sq=sizes[0], sk=sizes[1])
+    out, lse = kernels.forward(
+        row_of(config.forward, case, options, sparse=True), q, k, v, options, num_sms=1
+    )
+    check_forward(out, lse, q, k, v, **options.reference(q, k))
+    out, lse = attention(q, k, v, **options.reference(q, k), dtype=torch.float32)
+    out, dout = out.to(q.dtype), random(*out.shape, dtype=q.dtype)
+    row = row_of(config.backward, case, options, sparse=True)
+    gradients = kernels.backward(row, q, k, v, out, dout, lse, None, options, num_sms=1, heads_per_tile=2)
+    check_gradients(gradients, dout, None, q, k, v, **options.reference(q, k))
 
 
 LENGTHS_Q, LENGTHS_K = (100, 0, 30, 5), (150, 20, 40, 0)

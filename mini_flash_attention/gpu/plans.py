@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mini_flash_attention.gpu import compile, config, inputs, memory, splits
 from mini_flash_attention.gpu.fast import Like
-from mini_flash_attention.kernels.calls import Append, Decode, Forward, Ragged, Rotary, Score, record
+from mini_flash_attention.kernels.calls import Append, Blocks, Decode, Forward, Ragged, Rotary, Score, record
 from mini_flash_attention.problem import CacheUpdate, Problem
 from mini_flash_attention.scores.capture import Scoring
 
@@ -41,13 +41,21 @@ class ForwardPlan(NamedTuple):
     swath: int = 0
     num_sms: int | None = None
     counter: Any | None = None  # None: each call has its own
+    sparse: bool = False  # the kernel takes the lists of a block mask
 
-    def call(self, tensors: Tensors, score: Score, ragged: Ragged | None, seed: Tensor | None) -> Forward:
+    def call(
+        self,
+        tensors: Tensors,
+        score: Score,
+        ragged: Ragged | None,
+        seed: Tensor | None,
+        blocks: Blocks | None = None,
+    ) -> Forward:
         counter = self.counter
         if counter is None and self.num_sms is not None:
             counter = memory.tile_counter(self.device)
         dropout = inputs.dropout(seed, self.dropout_p) if self.dropout_p else None
-        numbers = score, *self.window, ragged, dropout, self.swath, self.num_sms, counter
+        numbers = score, *self.window, ragged, dropout, self.swath, blocks, self.num_sms, counter
         return record(Forward, (*tensors, *numbers))
 
 
@@ -84,6 +92,7 @@ class BackwardPlan(NamedTuple):
     workspace: config.Workspace
     heads_per_tile: int  # query heads of a group that a thread block walks
     num_sms: int | None = None
+    sparse: bool = False
 
 
 class AppendPlan(NamedTuple):
@@ -112,7 +121,7 @@ def attention(problem: Problem, num_splits: int, path: str) -> ForwardPlan | Dec
         )
     if problem.empty:
         return ForwardPlan(None, problem.device.index, results(problem, False), score(problem))
-    if not problem.dropout_p:
+    if not problem.dropout_p and not problem.sparse:
         row = decode_config(problem, arch_of(problem))
         if num_splits > 1 or decoding_pays(problem, row, path):
             return decode(problem, row, num_splits)
@@ -131,7 +140,8 @@ def forward(problem: Problem, path: str) -> ForwardPlan:
         drawn = m_blocks * problem.heads_q > num_sms  # else no tile is, and any address will do
         persistent = num_sms, None if drawn else memory.unused(device)
     schedule = problem.dropout_p, swath(tiles, problem, num_sms), *persistent
-    return ForwardPlan(compile.get(row), device, results(problem), score(problem), window(problem), *schedule)
+    plan = ForwardPlan(compile.get(row), device, results(problem), score(problem), window(problem), *schedule)
+    return plan._replace(sparse=row.sparse)
 
 
 def decode(problem: Problem, row: config.Decode, num_splits: int) -> DecodePlan:
@@ -157,7 +167,7 @@ def backward(problem: Problem, path: str) -> BackwardPlan:
     q, k = (problem.seqlen_q, problem.heads_q), (problem.seqlen_k, problem.heads_k * (per < problem.group))
     workspace = config.workspace(row, problem.batch, q, k, problem.packed_k)
     num_sms = sms(problem) if row.kernel == "backward.sm90" else None
-    return BackwardPlan(compile.get(row), *numbers, workspace, per, num_sms)
+    return BackwardPlan(compile.get(row), *numbers, workspace, per, num_sms, row.sparse)
 
 
 def append(problem: Problem, rotary: str) -> AppendPlan:
@@ -177,11 +187,14 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
             path = "sm80"
         if path == "sm80":
             page = 1
-    return config.forward(path, arch, *_facts(problem), **_features(problem), page=page)
+    return config.forward(path, arch, *_facts(problem), **_features(problem, path), page=page)
 
 
 def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:
-    return config.backward(path, arch, *_facts(problem), problem.deterministic, **_features(problem))
+    features = _features(problem, path)
+    if problem.deterministic:  # its turns are those of all blocks: each is visited, and masked
+        features.pop("sparse", None)
+    return config.backward(path, arch, *_facts(problem), problem.deterministic, **features)
 
 
 def decode_config(problem: Problem, arch: str) -> config.Decode:
@@ -197,8 +210,11 @@ def _facts(problem: Problem) -> tuple[str, int, str]:
     return dtype_name(problem), config.bucket(problem.head_dim), mask
 
 
-def _features(problem: Problem) -> dict[str, Scoring | bool]:
-    return {"score": problem.scoring, "ragged": problem.ragged, "dropout": problem.dropout_p > 0}
+def _features(problem: Problem, path: str) -> dict[str, Scoring | bool]:
+    features = {"score": problem.scoring, "ragged": problem.ragged, "dropout": problem.dropout_p > 0}
+    if problem.sparse and path == "sm90":  # sm80 visits all blocks, and masks them
+        features["sparse"] = True
+    return features
 
 
 def dtype_name(problem: Problem) -> str:

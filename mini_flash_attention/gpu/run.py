@@ -107,7 +107,8 @@ def launch(
     if with_lse or lse is None:
         lse = fast.allocate(*results.lse)
     score = inputs.score(plan.score, x, problem.batch)
-    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, x.seed))
+    more = (inputs.blocks(problem, x),) if x.block_mask is not None and plan.sparse else ()
+    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, x.seed, *more))
     return out, lse if with_lse else None
 
 
@@ -180,6 +181,7 @@ def launch_backward(
         plan.heads_per_tile,
         dkv_acc,
         key_turns,
+        inputs.blocks(problem, x, of_keys=True) if plan.sparse else None,
         plan.num_sms,
     )
     plan.launch(*call)

@@ -122,14 +122,22 @@ def _line(error: CannotTrace) -> str:
 class Scoring(tuple):
     """All that becomes of a score before the softmax: Functions, one after the other."""
 
-    def apply(self, ops: Any, values: Sequence[Any], score: Number, place: Place) -> Number:
-        """values: those that the functions capture, one function's after the other's."""
+    def apply(
+        self, ops: Any, values: Sequence[Any], score: Number, place: Place, masked: bool = True
+    ) -> Number:
+        """values: those that the functions capture, one function's after the other's. masked: mask_mods too."""
         first = 0
         for function in self:
             end = first + len(function.kinds)
-            score = function.apply(ops, values[first:end], score, place)
+            if masked or function.role != "mask_mod":
+                score = function.apply(ops, values[first:end], score, place)
             first = end
         return score
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask among the functions."""
+        return any(function.role == "mask_mod" for function in self)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ class ForwardSm80:
     """Every static fact of one forward.sm80 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "forward.sm80"
+    sparse: ClassVar[bool] = False
     arch: str
     dtype: str
     head_dim: int
@@ -71,6 +72,7 @@ class ForwardSm90:
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # what divides a page of k and v: one of SM90_PAGES; 0: no pages
     dropout: bool = False  # kernels/parts/dropout.py
+    sparse: bool = False  # visits the blocks of a block mask alone: kernels/parts/sparse.py
     short: "ForwardSm90 | None" = None  # other tiles, in the same library, up to short_seqlen queries
     short_seqlen: int = 0
 
@@ -121,11 +123,13 @@ def forward(
 ) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90").
 
-    features: score, ragged, page and dropout, as in the configs.
+    features: score, ragged, page, dropout and, on sm90, sparse, as in the configs.
     """
     if path == "sm80":
         table = SM80_TILES | SM80_DROPOUT if features.get("dropout") else SM80_TILES
         return ForwardSm80(arch, dtype, head_dim, mask, *of_row(table, head_dim, mask), **features)
+    if features.get("sparse"):
+        return ForwardSm90(arch, dtype, head_dim, mask, **SM90_SPARSE[head_dim], **features)
     if features.get("score") and head_dim in SM90_SCORED:
         return ForwardSm90(arch, dtype, head_dim, mask, **SM90_SCORED[head_dim], **features)
     row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask), **features)
@@ -178,6 +182,15 @@ SM90_SCORED = {
     96: dict(tile_m=128, tile_n=128, stages=3),
     128: dict(tile_m=128, tile_n=112),
     192: dict(tile_m=128, tile_n=80, q_stages=1, ordered=False),
+}
+
+# With a block mask, whose blocks are 128 queries and 128 keys.
+SM90_SPARSE = {
+    64: dict(tile_m=128, tile_n=128, stages=4),
+    96: dict(tile_m=128, tile_n=128, stages=3),
+    128: dict(tile_m=128, tile_n=64, stages=4),
+    192: dict(tile_m=128, tile_n=64, q_stages=1, ordered=False),
+    256: dict(tile_m=128, tile_n=64, q_stages=1),
 }
 
 # head dim -> (longest seqlen_q, what differs), shortest first: smaller tiles waste less of a short sequence,

@@ -16,15 +16,26 @@ from mini_flash_attention.kernels.parts.seqlen import Sizes
 
 
 @cute.jit
-def to_scores(config: cutlass.Constexpr, w, sizes: Sizes, tile: Tile, m_block: Int32, n_block: Int32):
-    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies."""
+def to_scores(
+    config: cutlass.Constexpr,
+    w,
+    sizes: Sizes,
+    tile: Tile,
+    m_block: Int32,
+    n_block: Int32,
+    masked: cutlass.Constexpr = True,
+):
+    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies.
+
+    masked: as in scores.transform.
+    """
     if const_expr(config.score):
         S, rc = rows_cols(w.acc_S), rows_cols(w.coords)
         first = m_block * config.tile_m + rc[0, 0][0]
         rows = tuple(index(first, row_offset(config, r)) for r in range(cute.size(S, mode=[0])))
         column = n_block * config.tile_n + rc[0, 0][1]
         at = Corner(tile.batch, (tile.head,) * len(rows), rows, column, sizes.seqlen_q, sizes.seqlen_k)
-        transform(config, w.call.score, S, at)
+        transform(config, w.call.score, S, at, masked=masked)
 
 
 def row_offset(config, r: int) -> int:

@@ -12,6 +12,8 @@ from cutlass.block import block_copy
 
 from mini_flash_attention.kernels.calls import CU_SEQLENS_Q, Forward, Ragged
 from mini_flash_attention.kernels.forward.sm90_records import Setup, Shared
+from mini_flash_attention.kernels.parts import sparse
+from mini_flash_attention.kernels.parts.blocks import Walk
 from mini_flash_attention.kernels.parts.scheduler import Place, Tile, is_tile, num_tiles, seek, tile_at
 from mini_flash_attention.kernels.parts.seqlen import Keys, Queries, Sizes
 from mini_flash_attention.kernels.parts.sm90 import Ring, Tma, expect, load, release
@@ -55,18 +57,20 @@ def produce(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
             announce(s, t, tile)
             if total > grid:  # else each thread block has one tile, and there is no counter
                 drawn = draw(call.counter.iterator)
-        start, _, _, first = tile.sizes(sizes).walk(config, tile.m_block)
+        start, _, partial, first = walk_of(config, call, sizes, tile)
         pieces = look_up(config, call, tile, start)
         ahead = look_up(config, call, tile, start - 1)
-        load_keys(config, sizes, tile, pieces, K, start, it)
+        load_keys(config, sizes, tile, pieces, K, key_block(config, call, tile, start, partial), it)
         if not has_Q:
             load_Q(Q, tile, t)
         has_Q = Boolean(False)
         number = grid + cute.arch.shuffle_sync(drawn, 0)  # all lanes take the tile that lane 0 has drawn
         place_next = place
         for i in cutlass.range(start - first, unroll=1):
-            load_keys(config, sizes, tile, ahead, K, start - 1 - i, it + 1)
-            load_keys(config, sizes, tile, pieces, V, start - i, it)
+            n_block = key_block(config, call, tile, start - i, partial)
+            n_ahead = key_block(config, call, tile, start - 1 - i, partial)
+            load_keys(config, sizes, tile, ahead, K, n_ahead, it + 1)
+            load_keys(config, sizes, tile, pieces, V, n_block, it)
             pieces, ahead = ahead, look_up(config, call, tile, start - 2 - i)
             it += 1
             # K's slots have all been asked for. Not earlier: the load of Q waits until the previous O has
@@ -74,7 +78,8 @@ def produce(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
             if i == config.stages - 2:
                 place_next = seek(config, call, sizes, number, place)
                 has_Q = load_next_Q(config, call, sizes, Q, number, place_next, t + 1, has_Q)
-        load_keys(config, sizes, tile, pieces, V, cutlass.min(start, first), it)
+        n_block = key_block(config, call, tile, cutlass.min(start, first), partial)
+        load_keys(config, sizes, tile, pieces, V, n_block, it)
         place = seek(config, call, sizes, number, place_next)
         it += 1
         t += 1
@@ -83,6 +88,23 @@ def produce(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
         announce(s, t, Tile(Int32(-1), Int32(0), Int32(0)))
         if total > grid:
             reset_when_last(call.counter, grid)
+
+
+@cute.jit
+def walk_of(config: cutlass.Constexpr, call: Forward, sizes: Sizes, tile: Tile) -> Walk:
+    """blocks.walk of a tile; with a block mask over positions in its lists."""
+    if const_expr(config.sparse):
+        row = sparse.Row.of_tile(tile.batch, tile.head, tile.m_block, config.tile_m)
+        return sparse.walk(sparse.visits(call.blocks, row, config.tile_n))
+    return tile.sizes(sizes).walk(config, tile.m_block)
+
+
+def key_block(config, call: Forward, tile: Tile, position: Int32, partial: Int32) -> Int32:
+    """The number of the key block at a position of the walk: with a block mask from its lists."""
+    if not config.sparse:
+        return position
+    row = sparse.Row.of_tile(tile.batch, tile.head, tile.m_block, config.tile_m)
+    return sparse.tile_at(call.blocks, row, partial, config.tile_n, position)
 
 
 @cute.jit
