@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention.scores.numbers import KINDS, CannotTrace, Number, Table, is_one
+from mini_flash_attention.scores.numbers import CannotTrace, Kinds, Number, Table, Uniform, is_one
 
 OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "IMPORT_NAME")
 KINDS_OF_DTYPES = {
@@ -59,8 +59,10 @@ class Function:
         """role: "score_mod" or "mask_mod", or the name of one of ours. kinds: of the captured values."""
         self.role, self.key, self.kinds, self.build = role, key, kinds, build
         self.digest = hashlib.sha256(repr((role, key, kinds)).encode()).hexdigest()[:32]
-        score = Number(KINDS, "float", 1.0)
-        result = self.apply(KINDS, kinds, score, Place(*("int",) * 6))
+        ops = Kinds()
+        score, shared = Number(ops, "float", 1.0), Uniform("int")
+        result = self.apply(ops, kinds, score, Place(shared, shared, "int", "int", shared, shared))
+        self.work = ops.work
         self.factored = not is_one(result.dx)  # whether the derivative must be computed
         self.is_identity = result is score
 
@@ -97,8 +99,8 @@ class Function:
     def _wrapped(self, ops: Any, kind: str, value: Any) -> Any:
         name, _, ndim = kind.partition(" ")
         if not ndim:
-            return Number(ops, kind if ops is KINDS else value)
-        table = Table(ops, name.partition(":")[0] if ops is KINDS else value, int(ndim))
+            return Number(ops, kind if isinstance(ops, Kinds) else value)
+        table = Table(ops, name.partition(":")[0] if isinstance(ops, Kinds) else value, int(ndim))
         return table if table.ndim else table[()]
 
     def _number(self, ops: Any, result: Any, score: Number) -> Number:
@@ -140,6 +142,10 @@ class Scoring(tuple):
         return any(function.role == "mask_mod" for function in self)
 
     @property
+    def without_masks(self) -> "Scoring":
+        return Scoring(function for function in self if function.role != "mask_mod")
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(kind for function in self for kind in function.kinds)
 
@@ -152,6 +158,11 @@ class Scoring(tuple):
     def hides(self) -> bool:
         """Whether scores may become -inf."""
         return any(function.hides for function in self)
+
+    @property
+    def heavy(self) -> bool:
+        """Whether they take many registers: tensors are read for each score, or much is computed."""
+        return sum(function.work for function in self) > 12
 
     def __repr__(self) -> str:
         return "_".join(map(repr, self)) or "plain"

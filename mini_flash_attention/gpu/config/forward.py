@@ -57,7 +57,6 @@ class ForwardSm90:
     """Every static fact of one forward.sm90 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "forward.sm90"
-    stack: ClassVar[int] = 0
     arch: str
     dtype: str
     head_dim: int
@@ -100,6 +99,12 @@ class ForwardSm90:
         return (40, 232) if self.ragged and not self.score else (24, 240)
 
     @property
+    def stack(self) -> int:
+        """Bytes of stack it may use: where functions of the scores spill, smaller tiles are slower (SM90_SCORED)."""
+        light = self.score and not self.score.heavy and not self.sparse
+        return 0 if not light else {64: 128, 128: 48}.get(self.head_dim, 0)
+
+    @property
     def staggered(self) -> bool:
         """Whether warpgroups may start at other blocks than the tile's first: none of their rows sees it."""
         return self.mask != "full" and self.tile_n < self.tile_m
@@ -128,10 +133,12 @@ def forward(
     if path == "sm80":
         table = SM80_TILES | SM80_DROPOUT if features.get("dropout") else SM80_TILES
         return ForwardSm80(arch, dtype, head_dim, mask, *of_row(table, head_dim, mask), **features)
-    if features.get("sparse"):
-        return ForwardSm90(arch, dtype, head_dim, mask, **SM90_SPARSE[head_dim], **features)
-    if features.get("score") and head_dim in SM90_SCORED:
-        return ForwardSm90(arch, dtype, head_dim, mask, **SM90_SCORED[head_dim], **features)
+    score, sparse = features.get("score", PLAIN), features.get("sparse", False)
+    if sparse or (score and head_dim in SM90_SCORED):
+        table, heavy = (SM90_SPARSE, SM90_SPARSE_HEAVY) if sparse else (SM90_SCORED, SM90_HEAVY)
+        often = score.without_masks if sparse else score  # what is computed in more than a few blocks
+        tiles = heavy.get(head_dim, table[head_dim]) if often.heavy else table[head_dim]
+        return ForwardSm90(arch, dtype, head_dim, mask, **tiles, **features)
     row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask), **features)
     short, short_seqlen = None, 0
     for seqlen, differences in of_row(SM90_SHORT, head_dim, mask):
@@ -176,21 +183,36 @@ SM90_TILES = {
 # Keys that TMA copies at once, as many as divide a page; pages of other sizes are for the SM80 path.
 SM90_PAGES = (64, 16, 8)
 
-# With a score function: its registers come from smaller tiles.
+# With functions of the scores. Measured on an H200 (docs/worklog.md): 64: 192 rows are 15 to 20 % ahead of 128,
+# though they spill; 128: keys of 128 with Q in registers 3 to 6 % ahead of 112 without.
 SM90_SCORED = {
-    64: dict(tile_m=128, tile_n=128, stages=4),
+    64: dict(tile_m=192, tile_n=128),
     96: dict(tile_m=128, tile_n=128, stages=3),
-    128: dict(tile_m=128, tile_n=112),
+    128: dict(tile_m=128, tile_n=128, q_regs=True),
     192: dict(tile_m=128, tile_n=80, q_stages=1, ordered=False),
 }
 
-# With a block mask, whose blocks are 128 queries and 128 keys.
-SM90_SPARSE = {
+# With functions that take more registers: Scoring.heavy. Smaller tiles spill less: a table of biases is 1.7 times
+# as fast as with the tiles above.
+SM90_HEAVY = {
     64: dict(tile_m=128, tile_n=128, stages=4),
+    128: dict(tile_m=128, tile_n=112),
+}
+
+# With a block mask, whose blocks are 128 queries and 128 keys. Measured on an H200: 128: 6 to 8 % ahead of 64
+# keys.
+SM90_SPARSE = {
+    64: dict(tile_m=128, tile_n=128, stages=4, q_regs=True, ordered=False),
     96: dict(tile_m=128, tile_n=128, stages=3),
-    128: dict(tile_m=128, tile_n=64, stages=4),
+    128: dict(tile_m=128, tile_n=128),
     192: dict(tile_m=128, tile_n=64, q_stages=1, ordered=False),
     256: dict(tile_m=128, tile_n=64, q_stages=1),
+}
+
+# The same with such functions.
+SM90_SPARSE_HEAVY = {
+    64: dict(tile_m=128, tile_n=128, stages=4),
+    128: dict(tile_m=128, tile_n=64, stages=4),
 }
 
 # head dim -> (longest seqlen_q, what differs), shortest first: smaller tiles waste less of a short sequence,

@@ -59,9 +59,9 @@ def consume(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
 @cute.jit
 def make_job(config: cutlass.Constexpr, all_sizes: Sizes, w: Work, tile: Tile, t: Int32) -> Job:
     sizes = tile.sizes(all_sizes)
-    walk = walk_of(config, w.call, all_sizes, tile)
+    walk = walk_of(config, all_sizes, tile)
     if const_expr(config.sparse):
-        seqlen_k = sizes.seqlen_k if walk.free_end + walk.free_first > 0 else Int32(0)
+        seqlen_k = sizes.seqlen_k if tile.visits.end > 0 else Int32(0)
         sizes = sizes.of(sizes.seqlen_q, seqlen_k)  # without blocks one is visited all the same, hidden
     elif const_expr(config.staggered):
         walk = sizes.walk_of_wg(config, tile.m_block, w.wg)
@@ -87,7 +87,7 @@ def first_P(config: cutlass.Constexpr, w: Work, job: Job):
     tile, start = job.tile, job.walk.start
     if const_expr(config.dropout):
         w.batch_head[0] = tile.batch * job.sizes.heads + tile.head
-    n_block = key_block(config, w.call, tile, start, job.walk.free_first)
+    n_block = key_block(config, w.call, tile, start)
     if const_expr(not config.sparse):
         to_scores(config, w, job.sizes, tile, tile.m_block, n_block)
     if start >= job.walk.free_end:  # else every row sees it whole
@@ -130,7 +130,7 @@ def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32
     whether P stayed in range. Where it did not, for any of the WG's 64 rows, S is computed once more,
     the offsets are renewed, and False is returned: the caller then stops trusting this tile's offsets.
     """
-    n_block = key_block(config, w.call, job.tile, n_block, job.walk.free_first)
+    n_block = key_block(config, w.call, job.tile, n_block)
     with_masks = const_expr(masked or not config.sparse)
     w.s.k_ring.wait_full(it + 1)  # K has arrived: S reads it
     my_turn(config, w.wg)
