@@ -20,6 +20,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_func(
@@ -35,6 +37,7 @@ def flash_attn_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_func(
@@ -49,6 +52,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -62,6 +67,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -76,6 +83,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -89,6 +97,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -101,6 +111,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -114,6 +126,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -126,6 +139,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -148,6 +163,7 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_func(
@@ -170,6 +186,7 @@ def flash_attn_varlen_func(
     return_attn_probs: Literal[True],
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -192,6 +209,7 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -209,6 +227,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -227,6 +247,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -244,6 +265,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -258,6 +281,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -273,6 +298,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -287,6 +313,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_with_kvcache(
@@ -309,6 +337,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_with_kvcache(
@@ -332,6 +362,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     *,
     return_softmax_lse: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_with_kvcache(
@@ -354,6 +385,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def pad_input(
     hidden_states: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mini_flash_attention import backend, checks, ops
+from mini_flash_attention import backend, checks, ops, sinks
 from mini_flash_attention.gpu import fast
 from mini_flash_attention.problem import (
     Inputs,
@@ -40,6 +40,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Exact attention, softmax(q kᵀ · softmax_scale) v, that never stores the matrix of scores.
 
@@ -67,14 +69,20 @@ def flash_attn_func(
         deterministic: gradients are bitwise the same in each run, at some cost in speed. So they are
             under torch.use_deterministic_algorithms(True).
         return_attn_probs: return (out, softmax_lse, S_dmask) instead of out.
+        s_aux: (heads,), any of the dtypes of q, computed with in fp32 (fp64 for fp64 inputs): attention
+            sinks, as GPT-OSS learns them. Each query of head h sees one more score, s_aux[h], whose value
+            is 0: out = sum_j exp(score_j) v_j / (sum_j exp(score_j) + exp(s_aux[h])). It is a natural
+            logarithm, which neither softmax_scale nor softcap nor a mask changes, and dropout drops no
+            sink. None is off. Differentiable.
 
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
         softmax_lse: (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs): the natural logarithm of
-            the sum of exp(score) over the keys that the query sees. Differentiable, as out is.
+            the sum of exp(score) over the keys that the query sees, and over its sink. Differentiable, as
+            out is.
         S_dmask: for tests only; None without dropout, else (batch, heads, seqlen_q, seqlen_k), the
-            softmax probabilities, negative where dropped.
-        A query that sees no key has out 0, softmax_lse -inf and gradient 0.
+            softmax probabilities, negative where dropped. The sink's are left out.
+        A query that sees no key has out 0 and gradient 0; its softmax_lse is -inf, or its sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed.
@@ -82,7 +90,7 @@ def flash_attn_func(
         RuntimeError: the GPU is older than SM80, or not known to this version; from the backward pass,
             create_graph=True (there are no second derivatives).
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _dense(q, k, v, options, return_attn_probs, checks.OUR_NAMES)
 
 
@@ -96,6 +104,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Self-attention of queries, keys and values that one projection made, as one tensor.
 
@@ -105,7 +115,7 @@ def flash_attn_qkvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_func`.
     """
     q, k, v = _unpack("qkv", qkv, "batch, seqlen, 3, heads, head_dim")
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _dense(q, k, v, options, return_attn_probs, QKV)
 
 
@@ -120,6 +130,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Attention to keys and values that one projection made, as one tensor.
 
@@ -130,7 +142,7 @@ def flash_attn_kvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_func`.
     """
     k, v = _unpack("kv", kv, "batch, seqlen, 2, heads, head_dim")
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _dense(q, k, v, options, return_attn_probs, KV)
 
 
@@ -154,6 +166,7 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """`flash_attn_func` for a batch of sequences of any lengths, packed one after the other.
 
@@ -188,7 +201,8 @@ def flash_attn_varlen_func(
     for the device in each call.
 
     Returns:
-        out: (total_q, heads, head_dim). Rows that belong to no sequence are 0, their softmax_lse is -inf.
+        out: (total_q, heads, head_dim). Rows that belong to no sequence are 0, their softmax_lse is -inf,
+            with s_aux too.
         softmax_lse: (heads, total_q), fp32 (fp64 for fp64 inputs).
         S_dmask: for tests only; None without dropout, else (batch, heads, longest seqlen_q,
             longest seqlen_k), 0 beyond a sequence's own lengths.
@@ -200,7 +214,7 @@ def flash_attn_varlen_func(
         NotImplementedError: from the backward pass, with block_table.
         Else as `flash_attn_func`.
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
     return _varlen(q, k, v, lengths, options, out, return_attn_probs, checks.OUR_NAMES)
 
@@ -217,6 +231,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Self-attention of sequences of any lengths, whose q, k and v one projection made.
 
@@ -229,7 +245,7 @@ def flash_attn_varlen_qkvpacked_func(
     """
     q, k, v = _unpack("qkv", qkv, "total, 3, heads, head_dim")
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None)
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _varlen(q, k, v, lengths, options, None, return_attn_probs, QKV)
 
 
@@ -248,6 +264,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Attention of sequences of any lengths to keys and values that one projection made.
 
@@ -259,7 +277,7 @@ def flash_attn_varlen_kvpacked_func(
     """
     k, v = _unpack("kv", kv, "total, 2, heads, head_dim")
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _varlen(q, k, v, lengths, options, None, return_attn_probs, KV)
 
 
@@ -283,6 +301,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention to a cache of keys and values, into which the new ones are written first. For inference.
 
@@ -312,8 +332,8 @@ def flash_attn_with_kvcache(
         cache_leftpad: int32 (batch,) or None: the first tokens of each storage that do not count.
         block_table: int32 (rows, max_pages) or None: token t of row r is row t % page_size of page
             block_table[r, t // page_size]. Entries behind the last token are not read.
-        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`. The last query
-            is on the diagonal of the last key, new ones included.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux: as in `flash_attn_func`. The last
+            query is on the diagonal of the last key, new ones included.
         rotary_interleaved: rotate elements 2i and 2i + 1 of a head; else i and i + rotary_dim / 2.
         num_splits: into how many parts to split the keys, 1 to 128; 0 chooses by the capacity.
         return_softmax_lse: return (out, softmax_lse) instead of out.
@@ -325,19 +345,19 @@ def flash_attn_with_kvcache(
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
         softmax_lse: (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs).
-        A query that sees no key has out 0 and softmax_lse -inf.
+        A query that sees no key has out 0; its softmax_lse is -inf, or its sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed. Also
             if the cache is too small for an int cache_seqlens, or if a gradient is required.
         NotImplementedError, RuntimeError: as `flash_attn_func`.
     """
-    options = (0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
+    options = (0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False, s_aux)
     new = (k, v, rotary_cos, rotary_sin, rotary_interleaved)
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     if return_softmax_lse is not False:
         return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
-    if fast.is_watched(q, k_cache, v_cache):
+    if fast.is_watched(q, k_cache, v_cache, s_aux):
         out, lse = ops.cached(q, k_cache, v_cache, new, places, options, num_splits)
     else:
         problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
@@ -352,7 +372,7 @@ def _dense(
     q: Tensor, k: Tensor, v: Tensor, options: Options, return_attn_probs: bool, names: checks.Names
 ) -> Output:
     """names: what the caller calls the arguments."""
-    if fast.is_watched(q, k, v):
+    if fast.is_watched(q, k, v, options[7]):
         return ops.attention(q, k, v, ops.DENSE, options, None, return_attn_probs)
     problem, x = dense(q, k, v, options, names)
     return _attention(problem, x, None, return_attn_probs)
@@ -369,7 +389,7 @@ def _varlen(
     names: checks.Names,
 ) -> Output:
     """names: what the caller calls the arguments."""
-    if fast.is_watched(q, k, v):
+    if fast.is_watched(q, k, v, options[7]):
         cu_seqlens_q, cu_seqlens_k, longest, _, block_table, seqused_k = lengths
         longest = None if isinstance(longest, Tensor) else longest
         layout = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, longest)
@@ -383,7 +403,8 @@ def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_prob
         return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)
     if problem.dropout_p:
         x = x._replace(seed=_draw_seed(problem.device))
-    if _grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
+    learns = x.q.requires_grad or x.k.requires_grad or x.v.requires_grad
+    if _grad_enabled() and (learns or (x.s_aux is not None and x.s_aux.requires_grad)):
         if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
             problem = replace(problem, deterministic=True)
         out, lse = Attention.apply(problem, *x)
@@ -399,7 +420,7 @@ def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_prob
 
 
 class Attention(torch.autograd.Function):
-    """(out, lse) of q, k, v: the backward pass recomputes the probabilities from the LSE."""
+    """(out, lse) of q, k, v, s_aux: the backward pass recomputes the probabilities from the LSE."""
 
     @staticmethod
     def forward(
@@ -411,11 +432,12 @@ class Attention(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         seed: int | None,
         layout: Layout | None,
+        s_aux: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        x = Inputs(q, k, v, alibi_slopes, seed, layout)
+        x = Inputs(q, k, v, alibi_slopes, seed, layout, s_aux)
         out, lse = backend.forward(problem, x)
         if not problem.page_size:
-            ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *(layout or ()))
+            ctx.save_for_backward(q, k, v, alibi_slopes, s_aux, out, lse, *(layout or ()))
         ctx.problem, ctx.seed = problem, seed
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
@@ -425,8 +447,9 @@ class Attention(torch.autograd.Function):
         checks.no_second_derivative()
         if ctx.problem.page_size:
             raise NotImplementedError("block_table: attention to pages has no gradient")
-        q, k, v, alibi_slopes, out, lse, *layout = ctx.saved_tensors
-        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None)
+        q, k, v, alibi_slopes, s_aux, out, lse, *layout = ctx.saved_tensors
+        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None, s_aux)
+        ds_aux = sinks.gradient(s_aux, out, lse, dout, dlse) if ctx.needs_input_grad[-1] else None
         if dout is None:
             dout = torch.zeros_like(out)
         run = (
@@ -434,7 +457,7 @@ class Attention(torch.autograd.Function):
             if fast.is_watched(dout, out, dout if dlse is None else dlse)
             else backend.backward
         )
-        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None
+        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None, ds_aux
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:

@@ -201,6 +201,15 @@ def alibi(slopes: Facts | None, batch: int, heads: int, device: torch.device) ->
     require(its_device == device, f"alibi_slopes is on {its_device}, but the other tensors are on {device}")
 
 
+def sinks(s_aux: Facts | None, heads: int, device: torch.device) -> None:
+    if s_aux is None:
+        return
+    shape, dtype, its_device = s_aux
+    require(shape == (heads,), f"s_aux must have shape (heads,) = ({heads},), not {tuple(shape)}")
+    require(dtype in DTYPES, f"s_aux must be one of {', '.join(map(str, DTYPES))}, not {dtype}", TypeError)
+    require(its_device == device, f"s_aux is on {its_device}, but the other tensors are on {device}")
+
+
 def no_gradient(what: str, given: Mapping[str, Tensor | None]) -> None:
     """No tensor requires a gradient. To be asked while gradients are enabled."""
     for name, x in given.items():

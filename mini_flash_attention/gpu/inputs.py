@@ -94,6 +94,11 @@ def with_slopes(score: Score, alibi_slopes: Tensor, batch: int) -> Score:
     return Score(score.scale, score.softcap, alibi_slopes.resolve_neg())
 
 
+def sinks(s_aux: Tensor) -> Tensor:
+    """s_aux as kernels take it: itself, if it is float32."""
+    return s_aux.detach().float().resolve_neg().contiguous()
+
+
 def dropout(seed: Tensor, dropout_p: float) -> Dropout:
     """What is dropped. seed: (1) int64; the threshold as the signed integer that kernels take."""
     threshold = keep_threshold(dropout_p)

@@ -48,7 +48,7 @@ def attend(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Without a copy where the kernel takes what the caller has, else from what it can read."""
-    q, k, v, _, _, _ = x
+    q, k, v = x[:3]
     # A negative bit is in no memory, where kernels look. To ask takes 0.03 µs each.
     negated = q.is_neg() or k.is_neg() or v.is_neg()
     if plan.results.direct and out is None and not negated:
@@ -61,7 +61,7 @@ def attend(
     if problem.packed_q and out is not None:
         result = out.unsqueeze(0)
     if plan.launch is None:
-        done, lse = nothing(x.q)
+        done, lse = nothing(problem, x)
     else:
         q, k, v = inputs.readable(problem, inputs.signed(x.q, plan.results.sign), x.k, x.v)
         usable = result is not None and plan.results.whole and inputs.in_place(result)
@@ -99,7 +99,7 @@ def launch(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel, into `out` if given. ValueError: it cannot read a tensor; it has done nothing then."""
-    q, k, v, alibi_slopes, seed, _ = x
+    q, k, v, alibi_slopes, seed, _, s_aux = x
     results = plan.results
     if out is None:
         out = empty_like(q, results.out)
@@ -109,7 +109,8 @@ def launch(
     score = plan.score
     if alibi_slopes is not None:
         score = inputs.with_slopes(score, alibi_slopes, problem.batch)
-    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, seed))
+    sinks = None if s_aux is None else inputs.sinks(s_aux)
+    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, seed, sinks))
     return out, lse if with_lse else None
 
 
@@ -118,11 +119,18 @@ def empty_like(x: Tensor, contiguous: fast.Like) -> Tensor:
     return fast.allocate(*contiguous) if x.is_contiguous() else torch.empty_like(x)
 
 
-def nothing(q: Tensor) -> tuple[Tensor, Tensor]:
-    """No keys (or no queries): out 0, LSE -inf."""
-    batch, seqlen_q, heads, _ = q.shape
-    lse = q.new_full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float32)
-    return torch.zeros_like(q), lse
+def nothing(problem: Problem, x: Inputs) -> tuple[Tensor, Tensor]:
+    """No keys (or no queries): out 0, LSE -inf, or the sink where a row is in a sequence."""
+    batch, seqlen_q, heads, _ = x.q.shape
+    lse = x.q.new_full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float32)
+    if x.s_aux is not None:
+        sinks = x.s_aux.float().unsqueeze(-1)
+        used = seqlen_q
+        if problem.packed_q:
+            used = x.layout.cu_seqlens_q[-1]
+        rows = torch.arange(seqlen_q, device=lse.device)
+        lse = torch.where(rows < used, sinks, lse)
+    return torch.zeros_like(x.q), lse
 
 
 def backward(
@@ -195,7 +203,7 @@ def append(
     plan: AppendPlan | None, problem: Problem, x: Inputs, update: CacheUpdate, ragged: Ragged
 ) -> Inputs:
     """kv_append.append, by a kernel if that can copy all in place. Of the result, only q counts."""
-    q, k, v, _, _, _ = x
+    q, k, v = x[:3]
     negated = q.is_neg() or k.is_neg() or v.is_neg() or update.k.is_neg() or update.v.is_neg()
     if plan is not None and not negated:
         out = None if update.rotary_cos is None else empty_like(q, plan.q)
