@@ -118,8 +118,6 @@ def attention(problem: Problem, num_splits: int, path: str) -> ForwardPlan | Dec
             f"q: the GPU kernels take float16 and bfloat16, not {problem.dtype}; "
             "MINI_FLASH_ATTENTION_BACKEND=cpu takes it"
         )
-    if problem.sinks and not problem.empty:
-        raise NotImplementedError("s_aux: not in the GPU kernels yet")
     if problem.empty:
         return ForwardPlan(None, problem.device.index, results(problem, False), score(problem))
     if not problem.dropout_p:
