@@ -328,7 +328,9 @@ def to_pages(x: Tensor, cu_seqlens: Tensor, table: Tensor, page_size: int) -> Te
 BACKWARD = {
     "sm80": (SM80 | {"d": 64}, {"window": CAUSAL}, {}),
     "sm80-dropout": (SM80_ON_SM90 | {"d": 128}, {"dropout": DROPOUT}, {}),
+    "sm80-sinks": (SM80 | {"d": 64}, {"window": WINDOW, "sinks": SINKS}, {}),
     "sm90": (SM90 | {"d": 64}, {"window": CAUSAL}, {}),
+    "sm90-sinks": (SM90 | {"d": 64}, {"window": CAUSAL, "sinks": SINKS}, {}),
     "sm90-dropout": (SM90 | {"d": 128}, {"window": WINDOW, "dropout": DROPOUT}, {}),
     "sm90-wide": (SM90 | {"d": 256, "dtype": torch.float16}, {"window": CAUSAL}, {"deterministic": True}),
     "sm90-scores": (
@@ -345,7 +347,7 @@ BACKWARD = {
 def test_backward(name: str) -> None:
     case, changes, features = BACKWARD[name]
     options = Options(**changes)
-    q, k, v = dense(case, sq=140, sk=200)
+    q, k, v = dense(case, sq=140, sk=200 if options.sinks is None else 60)  # with sinks: rows without keys
     out, lse = attention(q, k, v, **options.reference(q, k), dtype=torch.float32)
     out, dout, dlse = out.to(q.dtype), random(*out.shape, dtype=q.dtype), torch.randn_like(lse)
     row = row_of(config.backward, case, options, **features)

@@ -96,7 +96,7 @@ def with_slopes(score: Score, alibi_slopes: Tensor, batch: int) -> Score:
 
 def sinks(s_aux: Tensor) -> Tensor:
     """s_aux as kernels take it: itself, if it is float32."""
-    return s_aux.detach().float().resolve_neg().contiguous()
+    return s_aux.float().resolve_neg().contiguous()
 
 
 def dropout(seed: Tensor, dropout_p: float) -> Dropout:
