@@ -23,6 +23,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_func(
@@ -38,6 +40,7 @@ def flash_attn_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_func(
@@ -52,6 +55,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -65,6 +70,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -79,6 +86,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -92,6 +100,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -104,6 +114,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -117,6 +129,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -129,6 +142,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -151,6 +166,7 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_func(
@@ -173,6 +189,7 @@ def flash_attn_varlen_func(
     return_attn_probs: Literal[True],
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -195,6 +212,7 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -212,6 +230,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -230,6 +250,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -247,6 +268,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -261,6 +284,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -276,6 +301,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -290,6 +316,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_with_kvcache(
@@ -312,6 +340,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_with_kvcache(
@@ -335,6 +365,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     *,
     return_softmax_lse: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_with_kvcache(
@@ -357,6 +388,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def pad_input(
     hidden_states: Tensor,

@@ -21,6 +21,7 @@ from mini_flash_attention import environment, overlap
 from mini_flash_attention.kernels.decode.splits import MAX_SPLITS
 
 if TYPE_CHECKING:
+    from mini_flash_attention.block_mask import BlockMask
     from mini_flash_attention.problem import CacheUpdate, Layout, Lengths, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -199,6 +200,15 @@ def alibi(slopes: Facts | None, batch: int, heads: int, device: torch.device) ->
     require(shape in ((heads,), (batch, heads)), message)
     require(dtype == torch.float32, f"alibi_slopes must be torch.float32, not {dtype}", TypeError)
     require(its_device == device, f"alibi_slopes is on {its_device}, but the other tensors are on {device}")
+
+
+def sinks(s_aux: Facts | None, heads: int, device: torch.device) -> None:
+    if s_aux is None:
+        return
+    shape, dtype, its_device = s_aux
+    require(shape == (heads,), f"s_aux must have shape (heads,) = ({heads},), not {tuple(shape)}")
+    require(dtype in DTYPES, f"s_aux must be one of {', '.join(map(str, DTYPES))}, not {dtype}", TypeError)
+    require(its_device == device, f"s_aux is on {its_device}, but the other tensors are on {device}")
 
 
 def no_gradient(what: str, given: Mapping[str, Tensor | None]) -> None:

@@ -29,7 +29,7 @@ from mini_flash_attention import (
 
 OPTIONS = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
-    "alibi_slopes=None, deterministic=False, return_attn_probs=False"
+    "alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None"
 )
 
 
@@ -58,7 +58,8 @@ def test_signatures_are_those_of_flash_attn() -> None:
     assert signature(flash_attn_kvpacked_func) == f"q, kv, {OPTIONS}"
     lengths = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
     assert signature(flash_attn_varlen_func) == (
-        f"q, k, v, {lengths}, {OPTIONS}, block_table=None, *, seqused_k=None, out=None"
+        f"q, k, v, {lengths}, {OPTIONS.partition(', *')[0]}, "
+        "block_table=None, *, seqused_k=None, out=None, s_aux=None"
     )
     assert signature(flash_attn_varlen_qkvpacked_func) == f"qkv, cu_seqlens, max_seqlen, {OPTIONS}"
     assert signature(flash_attn_varlen_kvpacked_func) == f"q, kv, {lengths}, {OPTIONS}"
@@ -66,7 +67,7 @@ def test_signatures_are_those_of_flash_attn() -> None:
         "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
         "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
         "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
-        "return_softmax_lse=False"
+        "return_softmax_lse=False, *, s_aux=None"
     )
     assert signature(unpad_input) == "hidden_states, attention_mask, unused_mask=None"
     assert signature(pad_input) == "hidden_states, indices, batch, seqlen"
@@ -101,7 +102,7 @@ def test_what_is_returned(dtype) -> None:
 
 def test_options_reach_the_computation() -> None:
     q, k, v = inputs()
-    slopes = torch.rand(2, 4)
+    slopes, sinks = torch.rand(2, 4), torch.randn(4)
     out, lse, _ = flash_attn_func(
         q,
         k,
@@ -112,6 +113,7 @@ def test_options_reach_the_computation() -> None:
         softcap=1.5,
         alibi_slopes=slopes,
         return_attn_probs=True,
+        s_aux=sinks,
     )
     expected = reference.attention(
         q,
@@ -122,6 +124,7 @@ def test_options_reach_the_computation() -> None:
         window_right=0,
         softcap=1.5,
         alibi_slopes=slopes,
+        s_aux=sinks,
     )
     torch.testing.assert_close((out, lse), expected)
 

@@ -32,7 +32,9 @@ def features(arch: str) -> Iterator[KernelConfig]:
             page = config.SM90_PAGES[i % 3] if path == "sm90" else 1
             for mask in config.MASKS:
                 yield config.forward(*call[:-1], mask, ragged=True, score="softcap_alibi")
+                yield config.forward(*call[:-1], mask, sinks=True)
             yield config.forward(*call, ragged=True, page=page)
+            yield config.forward(*call, ragged=True, page=page, sinks=True)
             yield config.forward(*call, dropout=True)
             yield config.backward(*call, deterministic=True)
             yield config.backward(*call, deterministic=path == "sm80", ragged=True, score="softcap_alibi")
@@ -40,6 +42,7 @@ def features(arch: str) -> Iterator[KernelConfig]:
     for head_dim in config.HEAD_DIMS:
         for rows in (16, 64):
             yield config.decode(arch, "float16", head_dim, rows, "softcap_alibi", page=1)
+            yield config.decode(arch, "bfloat16", head_dim, rows, sinks=True)
 
 
 CONFIGS = [
@@ -66,7 +69,7 @@ KERNELS = {
 def label(row: KernelConfig) -> str:
     facts = dataclasses.asdict(row)
     names = "dtype", "head_dim", "tile_m", "mask", "score", "rotary", "page"
-    flags = [name for name in ("ragged", "dropout", "deterministic") if facts.get(name)]
+    flags = [name for name in ("ragged", "dropout", "deterministic", "sinks") if facts.get(name)]
     return "-".join([row.kernel, row.arch, *(str(facts[n]) for n in names if facts.get(n)), *flags])
 
 

@@ -119,6 +119,11 @@ def blocks(problem: Problem, x: Inputs, of_keys: bool = False) -> Blocks:
     return Blocks(*(x.expand(*size, -1) if x.ndim == 4 else x.expand(size) for x in lists))
 
 
+def sinks(s_aux: Tensor) -> Tensor:
+    """s_aux as kernels take it: itself, if it is float32."""
+    return s_aux.float().resolve_neg().contiguous()
+
+
 def dropout(seed: Tensor, dropout_p: float) -> Dropout:
     """What is dropped. seed: (1) int64; the threshold as the signed integer that kernels take."""
     threshold = keep_threshold(dropout_p)

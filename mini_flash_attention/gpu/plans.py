@@ -49,13 +49,14 @@ class ForwardPlan(NamedTuple):
         score: Score,
         ragged: Ragged | None,
         seed: Tensor | None,
+        sinks: Tensor | None,
         blocks: Blocks | None = None,
     ) -> Forward:
         counter = self.counter
         if counter is None and self.num_sms is not None:
             counter = memory.tile_counter(self.device)
         dropout = inputs.dropout(seed, self.dropout_p) if self.dropout_p else None
-        numbers = score, *self.window, ragged, dropout, self.swath, blocks, self.num_sms, counter
+        numbers = score, *self.window, ragged, dropout, sinks, self.swath, blocks, self.num_sms, counter
         return record(Forward, (*tensors, *numbers))
 
 
@@ -70,7 +71,9 @@ class DecodePlan(NamedTuple):
     fused_tiles: int  # each has a counter, and its last thread block merges the splits; 0 if none does
     unused: tuple[Any, Any]  # what stands for workspace and counters if there is one split
 
-    def call(self, tensors: Tensors, score: Score, ragged: Ragged, seed: None) -> Decode:
+    def call(
+        self, tensors: Tensors, score: Score, ragged: Ragged, seed: None, sinks: Tensor | None
+    ) -> Decode:
         q, k, v, out, lse = tensors
         left, right = self.window
         splits, fused_tiles = self.num_splits, self.fused_tiles
@@ -78,8 +81,8 @@ class DecodePlan(NamedTuple):
         if splits > 1:
             workspace, counters = memory.workspace(self.partial, fused_tiles, self.device)
         fused = int(fused_tiles > 0)
-        fields = (q, k, v, out, lse, workspace, score, left, right, ragged, splits, fused, counters)
-        return record(Decode, fields)
+        places = score, left, right, ragged, sinks
+        return record(Decode, (q, k, v, out, lse, workspace, *places, splits, fused, counters))
 
 
 class BackwardPlan(NamedTuple):
@@ -187,7 +190,8 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
             path = "sm80"
         if path == "sm80":
             page = 1
-    return config.forward(path, arch, *_facts(problem), **_features(problem, path), page=page)
+    features = _features(problem, path)
+    return config.forward(path, arch, *_facts(problem), **features, page=page, sinks=problem.sinks)
 
 
 def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:
@@ -200,7 +204,8 @@ def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardCo
 def decode_config(problem: Problem, arch: str) -> config.Decode:
     rows, page = problem.longest_q * problem.group, int(problem.page_size > 0)
     head_dim = config.bucket(problem.head_dim)
-    return config.decode(arch, dtype_name(problem), head_dim, rows, problem.scoring, page)
+    kinds = problem.scoring, page, problem.sinks
+    return config.decode(arch, dtype_name(problem), head_dim, rows, *kinds)
 
 
 def _facts(problem: Problem) -> tuple[str, int, str]:

@@ -94,6 +94,7 @@ class Forward(NamedTuple):
     window_right: Int32
     ragged: Ragged | None
     dropout: Dropout | None
+    sinks: Tensor | None  # (h) float32: natural logarithms, each a score of its head's rows without a value
     swath: Int32  # heads walked together: parts/scheduler.py
     blocks: Blocks | None = None  # sm90
     num_sms: Int32 | None = None  # sm90: thread blocks that run at once
@@ -146,6 +147,7 @@ class Decode(NamedTuple):
     window_left: Int32
     window_right: Int32
     ragged: Ragged
+    sinks: Tensor | None  # (h) float32: as in Forward
     num_splits: Int32
     fused: Int32  # 1: the last of a tile's thread blocks merges its splits; 0: the combine kernel does
     counters: Tensor  # (tiles) int32, fused: how many of its splits are done

@@ -162,7 +162,7 @@ class Scoring(tuple):
     @property
     def heavy(self) -> bool:
         """Whether they take many registers: tensors are read for each score, or much is computed."""
-        return sum(function.work for function in self) > 12
+        return sum(function.work for function in self) > 10
 
     def __repr__(self) -> str:
         return "_".join(map(repr, self)) or "plain"

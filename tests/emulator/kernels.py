@@ -28,6 +28,7 @@ class Options(NamedTuple):
     score_mod: Callable[..., Any] | None = None
     mask_mod: Callable[..., Any] | None = None
     block_mask: BlockMask | None = None  # of mask_mod
+    sinks: Tensor | None = None  # (heads) float32
 
     @property
     def functions(self) -> list[tuple[Function, tuple[Any, ...]]]:
@@ -69,7 +70,7 @@ class Options(NamedTuple):
         """For reference.attention; b: of one sequence of a ragged batch."""
         slopes = self.slopes if b is None or self.slopes is None else self.slopes[b : b + 1]
         options = dict(zip(("window_left", "window_right"), self.window, strict=True))
-        options |= {"softcap": self.softcap, "alibi_slopes": slopes}
+        options |= {"softcap": self.softcap, "alibi_slopes": slopes, "s_aux": self.sinks}
         options |= {"score_mod": self.score_mod, "mask_mod": self.mask_mod, "first": b or 0}
         if self.dropout:
             seed, p = self.dropout
@@ -113,7 +114,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out, lse"""
     out, lse = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1])
-    numbers = *options.numbers(q), sequences, options.dropped(), 1, options.blocks(q)
+    numbers = *options.numbers(q), sequences, options.dropped(), options.sinks, 1, options.blocks(q)
     if row.kernel == "forward.sm90":
         numbers = *numbers, num_sms, torch.zeros(2, dtype=torch.int32)
     reads = emulate(library(row), calls.Forward(q, k, v, out, lse, *numbers), unwritten=(out, lse))
@@ -170,9 +171,8 @@ def decode(
     counters = torch.zeros(64, dtype=torch.int32)
     score, left, right = options.numbers(q)
     left = 1 << 20 if options.window[0] is None else left
-    call = calls.Decode(
-        q, k, v, out, lse, workspace, score, left, right, sequences, num_splits, int(fused), counters
-    )
+    places = score, left, right, sequences, options.sinks
+    call = calls.Decode(q, k, v, out, lse, workspace, *places, num_splits, int(fused), counters)
     assert not emulate(library(row), call, unwritten=(out, lse, workspace))
     assert not counters.any(), "the counters are zero after a launch"
     return out, lse

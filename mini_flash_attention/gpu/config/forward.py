@@ -32,6 +32,7 @@ class ForwardSm80:
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # 1: k and v are pages, of any size
     dropout: bool = False  # kernels/parts/dropout.py
+    sinks: bool = False  # attention sinks: kernels/parts/softmax.py
 
     def at(self, seqlen_q: int) -> "ForwardSm80":
         return self
@@ -72,6 +73,7 @@ class ForwardSm90:
     page: int = 0  # what divides a page of k and v: one of SM90_PAGES; 0: no pages
     dropout: bool = False  # kernels/parts/dropout.py
     sparse: bool = False  # visits the blocks of a block mask alone: kernels/parts/sparse.py
+    sinks: bool = False  # attention sinks: kernels/parts/softmax.py
     short: "ForwardSm90 | None" = None  # other tiles, in the same library, up to short_seqlen queries
     short_seqlen: int = 0
 
@@ -128,7 +130,7 @@ def forward(
 ) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90").
 
-    features: score, ragged, page, dropout and, on sm90, sparse, as in the configs.
+    features: score, ragged, page, dropout, sinks and, on sm90, sparse, as in the configs.
     """
     if path == "sm80":
         table = SM80_TILES | SM80_DROPOUT if features.get("dropout") else SM80_TILES

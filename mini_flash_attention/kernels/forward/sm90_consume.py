@@ -9,7 +9,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from mini_flash_attention.kernels.calls import Forward
-from mini_flash_attention.kernels.forward.common import drop, mask, to_scores
+from mini_flash_attention.kernels.forward.common import drop, mask, sink_of, to_scores
 from mini_flash_attention.kernels.forward.sm90_produce import key_block, read_tile, walk_of
 from mini_flash_attention.kernels.forward.sm90_records import TURN, WG, Job, Setup, Shared, Work, make_work
 from mini_flash_attention.kernels.forward.sm90_store import store
@@ -48,7 +48,7 @@ def consume(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
             release(w.s.q_ring, t, w.lane)  # all S of the tile are there: the next Q may come
         tile_next = read_tile(s, call.ragged, t + 1, w.lane)
         skipped = skipped_blocks(config, setup.sizes, w, tile_next)
-        last_O(config, w, tile_next, t, it, skipped)
+        last_O(config, w, job, tile_next, it, skipped)
         store(config, w, job)
         t += 1
         it += 1
@@ -166,25 +166,26 @@ def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32
 
 
 @cute.jit
-def last_O(config: cutlass.Constexpr, w: Work, tile_next: Tile, t: Int32, it: Int32, skipped: Int32):
+def last_O(config: cutlass.Constexpr, w: Work, job: Job, tile_next: Tile, it: Int32, skipped: Int32):
     """A tile's last P·V (ring use it), with the first S of the next tile if there are two Q buffers.
 
     skipped: of the next tile. After the last tile there is no Q or K to wait for (nor before the first, if
     there is none): S is made of what lies in the slots, nobody reads it, and the release of K has no load
     before it, since the producer has finished.
     """
-    it_next = it + 1
+    t, it_next = job.t, it + 1
     if const_expr(config.q_stages == 2):
         if tile_next.m_block >= 0:
             it_next = wait_for_operands(config, w, t + 1, it_next, skipped)
         load_Q(config, w, t + 1)
+    sink = sink_of(w.call, job.tile.head)
     w.s.v_ring.wait_full(it)  # V has arrived: P·V reads it
     my_turn(config, w.wg)
     if const_expr(config.q_stages == 2):
         issue_S(config, w, t + 1, it_next)
     issue_O(w, it)
     next_turn(config, w.wg)
-    w.softmax.finish()
+    w.softmax.finish(sink)
     warpgroup.wait_group(0)  # O is complete and the next S there: they may be read
     release(w.s.v_ring, it, w.lane)  # V may be overwritten
     if const_expr(config.q_stages == 2):

@@ -49,7 +49,8 @@ def forward(config) -> calls.Forward:
     q, o, k, v, lse = attention(config, 2, 2, 1)
     ragged = fake_ragged() if config.ragged else None
     persistent = (NUMBER, counters()) if config.kernel == "forward.sm90" else ()
-    numbers = fake_score(config), NUMBER, NUMBER, ragged, fake_dropout(config), NUMBER, fake_blocks(config)
+    numbers = fake_score(config), NUMBER, NUMBER, ragged, fake_dropout(config), fake_sinks(config), NUMBER
+    numbers = *numbers, fake_blocks(config)
     return calls.Forward(q, k, v, o, lse, *numbers, *persistent)
 
 
@@ -77,7 +78,7 @@ def backward(config) -> calls.Backward:
 def decode(config) -> calls.Decode:
     """Of decode/attend.py."""
     q, o, k, v, lse = attention(config, 2, 2, 1)
-    numbers = fake_score(config), NUMBER, NUMBER, fake_ragged(), NUMBER, NUMBER
+    numbers = fake_score(config), NUMBER, NUMBER, fake_ragged(), fake_sinks(config), NUMBER, NUMBER
     return calls.Decode(q, k, v, o, lse, workspace(), *numbers, counters())
 
 
@@ -122,6 +123,11 @@ def fake_dropout(config) -> Dropout | None:
     if not config.dropout:
         return None
     return Dropout(make_fake_compact_tensor(Int32, (2,)), NUMBER, Float32(1))
+
+
+def fake_sinks(config) -> cute.Tensor | None:
+    """(h) float32."""
+    return make_fake_compact_tensor(Float32, (cute.sym_int(),)) if config.sinks else None
 
 
 def fake_blocks(config) -> Blocks | None:
