@@ -479,7 +479,13 @@ def _cached_with(
 ) -> tuple[Tensor, Tensor]:
     checks.no_functions(fast.is_watched(q, k_cache, v_cache, options[7]))
     problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
-    return backend.with_cache(*with_functions(problem, x, *functions), update, num_splits, True)
+    problem, x = with_functions(problem, x, *functions)
+    if torch.is_grad_enabled():
+        tensors = [y for y in x.captured if isinstance(y, Tensor)]
+        checks.no_gradient(
+            "flash_attn_with_kvcache", {f"captured tensor {i}": y for i, y in enumerate(tensors)}
+        )
+    return backend.with_cache(problem, x, update, num_splits, True)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -491,11 +497,14 @@ def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_prob
         return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)
     if problem.dropout_p:
         x = x._replace(seed=_draw_seed(problem.device))
-    learns = x.q.requires_grad or x.k.requires_grad or x.v.requires_grad
+    learned = [y for y in x.captured if isinstance(y, Tensor) and y.requires_grad] if x.captured else ()
+    learns = x.q.requires_grad or x.k.requires_grad or x.v.requires_grad or learned
     if _grad_enabled() and (learns or (x.s_aux is not None and x.s_aux.requires_grad)):
+        if out is not None and learned:
+            checks.no_gradient("out: attention into a given tensor", {"what a function captures": learned[0]})
         if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
             problem = replace(problem, deterministic=True)
-        out, lse = Attention.apply(problem, *x)
+        out, lse = Attention.apply(problem, *x, *learned)
     else:
         out, lse = backend.forward(problem, x, out, return_attn_probs)
     if not return_attn_probs:
@@ -523,7 +532,9 @@ class Attention(torch.autograd.Function):
         s_aux: Tensor | None,
         captured: tuple[Any, ...],
         block_mask: BlockMask | None,
+        *learned: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """learned: the tensors in captured that need a gradient, which autograd finds here."""
         x = Inputs(q, k, v, alibi_slopes, seed, layout, s_aux, captured, block_mask)
         out, lse = backend.forward(problem, x)
         if not problem.page_size:
@@ -552,7 +563,12 @@ class Attention(torch.autograd.Function):
             if fast.is_watched(dout, out, dout if dlse is None else dlse)
             else backend.backward
         )
-        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None, ds_aux, None, None
+        learned = ()
+        if len(ctx.needs_input_grad) > 10:
+            found = backend.captured_gradients(ctx.problem, x, out, lse, dout, dlse)
+            learned = (gradient for gradient in found if gradient is not None)
+        dq_dk_dv = run(ctx.problem, x, out, lse, dout, dlse)
+        return None, *dq_dk_dv, None, None, None, ds_aux, None, None, *learned
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:

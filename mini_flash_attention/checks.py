@@ -351,15 +351,11 @@ def block_mask(problem: "Problem", given: object, mask_mod: object) -> "BlockMas
 
 
 def captured(role: str, value: object, device: torch.device) -> None:
-    """What a score function captures."""
+    """A value that a score function captures."""
     if not isinstance(value, Tensor):
         return
     same = value.device == device
     require(same, f"{role} captures a tensor on {value.device}; it must be on {device}, as q is")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{role} captures a tensor that requires a gradient, which there is not: capture its .detach()"
-        )
 
 
 def flag(name: str, value: bool) -> bool:

@@ -373,9 +373,9 @@ def compute_dtype(problem: Problem) -> torch.dtype:
     return torch.float64 if problem.dtype == torch.float64 else torch.float32
 
 
-def tile_shape(problem: Problem) -> tuple[int, int]:
-    """(tile_m, tile_n): as large as TILE_ELEMENTS allows, but no larger than a window."""
-    exponent = int(math.log2(TILE_ELEMENTS / max(1, problem.batch * problem.heads_q)))
+def tile_shape(problem: Problem, elements: int = TILE_ELEMENTS) -> tuple[int, int]:
+    """(tile_m, tile_n): as large as so many scores allow, but no larger than a window."""
+    exponent = int(math.log2(elements / max(1, problem.batch * problem.heads_q)))
     tile_m, tile_n = 2 ** -(-exponent // 2), 2 ** (exponent // 2)
     if problem.window_left is not None and problem.window_right is not None:
         window = problem.window_left + problem.window_right + 1
