@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention.scores.numbers import CannotTrace, Kinds, Number, Table, Uniform, is_one
+from mini_flash_attention.scores.numbers import CannotTrace, Constant, Kinds, Number, Table, Uniform
 
 OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "IMPORT_NAME")
 KINDS_OF_DTYPES = {
@@ -63,7 +63,8 @@ class Function:
         score, shared = Number(ops, "float", 1.0), Uniform("int")
         result = self.apply(ops, kinds, score, Place(shared, shared, "int", "int", shared, shared))
         self.work = ops.work
-        self.factored = not is_one(result.dx)  # whether the derivative must be computed
+        # Whether the derivative differs from score to score: else it is a number, or None is 0.
+        self.factored = not isinstance(result.dx, int | float | Constant)
         self.is_identity = result is score
 
     def __repr__(self) -> str:
@@ -99,7 +100,7 @@ class Function:
     def _wrapped(self, ops: Any, kind: str, value: Any) -> Any:
         name, _, ndim = kind.partition(" ")
         if not ndim:
-            return Number(ops, kind if isinstance(ops, Kinds) else value)
+            return Number(ops, Constant(kind) if isinstance(ops, Kinds) else value)
         table = Table(ops, name.partition(":")[0] if isinstance(ops, Kinds) else value, int(ndim))
         return table if table.ndim else table[()]
 
@@ -127,7 +128,7 @@ class Scoring(tuple):
     def apply(
         self, ops: Any, values: Sequence[Any], score: Number, place: Place, masked: bool = True
     ) -> Number:
-        """values: those that the functions capture, one function's after the other's. masked: mask_mods too."""
+        """values: those that the functions capture, one's after the other's. masked: mask_mods too."""
         first = 0
         for function in self:
             end = first + len(function.kinds)
@@ -151,7 +152,7 @@ class Scoring(tuple):
 
     @property
     def factored(self) -> bool:
-        """Whether the derivative must be computed: it is not 1."""
+        """Whether the derivative differs from score to score."""
         return any(function.factored for function in self)
 
     @property

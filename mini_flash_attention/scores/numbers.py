@@ -1,8 +1,8 @@
 """The numbers that a score function computes with, and what it may do to them.
 
-A `Number` carries its derivative with respect to the score, by the rules of calculus: no user writes one. What
-its numbers are is up to its `ops`: tensors, a kernel's registers, or no more than their kinds (Kinds), by
-which a function is checked before anything runs.
+A `Number` carries its derivative with respect to the score, by the rules of calculus: no user writes one.
+What it holds is up to its `ops`: tensors, a kernel's registers, or no more than their kinds (Kinds), by which
+a function is checked before anything runs.
 """
 
 import functools
@@ -305,9 +305,11 @@ def _operators() -> None:
         setattr(Number, f"__{name}__", lambda a, b, f=f: f(a, b))
         setattr(Number, f"__r{name}__", lambda a, b, f=f: f(b, a))
     for name, other in (("lt", "less"), ("le", "less_equal"), ("gt", "greater"), ("ge", "greater_equal")):
-        setattr(Number, f"__{name}__", lambda a, b, f=_condition(name, other): f(a, b))
+        f = _condition(name, other)
+        setattr(Number, f"__{name}__", lambda a, b, f=f: f(a, b))
     for name in ("eq", "ne"):
-        setattr(Number, f"__{name}__", lambda a, b, f=_condition(name): f(a, b))
+        f = _condition(name)
+        setattr(Number, f"__{name}__", lambda a, b, f=f: f(a, b))
     Number.__neg__, Number.__abs__, Number.__pow__ = lambda a: neg(a), lambda a: absolute(a), _power
     Number.__invert__ = logical_not
     FUNCTIONS.update({"logical_not": logical_not, "bitwise_not": logical_not, "square": lambda a: mul(a, a)})
@@ -318,6 +320,10 @@ _operators()
 
 class Uniform(str):
     """The kind of a number that all scores of a tile share."""
+
+
+class Constant(str):
+    """The kind of a captured number, which all scores share."""
 
 
 class Kinds:
