@@ -286,11 +286,18 @@ def with_blocks(batch: int, heads: int, seqlen_q: int, seqlen_k: int, *names: st
 @pytest.mark.full
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "d, names", [(64, ("documents",)), (128, ("late", "relative_bias")), (192, ("sink_window",))]
+    "path, d, names",
+    [
+        (SM90, 64, ("documents",)),
+        (SM90, 128, ("late", "relative_bias")),
+        (SM90, 192, ("sink_window",)),
+        (SM80, 64, ("late", "relative_bias")),
+        (SM80, 256, ("documents",)),
+    ],
 )
-def test_block_mask(d: int, names: tuple[str, ...]) -> None:
+def test_block_mask(path: dict, d: int, names: tuple[str, ...]) -> None:
     """Forward and backward, whose blocks are none, partial and full; heads share a key head."""
-    case, sizes = SM90 | {"d": d}, (300, 520)
+    case, sizes = path | {"d": d}, (300, 520)
     options = Options(**with_blocks(1, 2, *sizes, *names))
     q, k, v = dense(case, sq=sizes[0], sk=sizes[1])
     out, lse = kernels.forward(
@@ -299,6 +306,8 @@ def test_block_mask(d: int, names: tuple[str, ...]) -> None:
     check_forward(out, lse, q, k, v, **options.reference(q, k))
     out, lse = attention(q, k, v, **options.reference(q, k), dtype=torch.float32)
     out, dout = out.to(q.dtype), random(*out.shape, dtype=q.dtype)
+    if case["path"] == "sm80":  # whose backward pass visits all blocks
+        return
     row = row_of(config.backward, case, options, sparse=True)
     gradients = kernels.backward(row, q, k, v, out, dout, lse, None, options, num_sms=1, heads_per_tile=2)
     check_gradients(gradients, dout, None, q, k, v, **options.reference(q, k))
