@@ -1,7 +1,7 @@
 """Made by tests/stub.py of the functions' signatures."""
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_func(
@@ -38,6 +41,8 @@ def flash_attn_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_func(
@@ -52,6 +57,9 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -151,6 +159,8 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_func(
@@ -173,6 +183,8 @@ def flash_attn_varlen_func(
     return_attn_probs: Literal[True],
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -195,6 +207,8 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -312,6 +326,9 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: Literal[False] = False,
+    *,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_with_kvcache(
@@ -335,6 +352,8 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     *,
     return_softmax_lse: Literal[True],
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_with_kvcache(
@@ -357,6 +376,9 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def pad_input(
     hidden_states: Tensor,

@@ -316,12 +316,15 @@ def no_functions(watched: bool) -> None:
         )
 
 
-def captured(role: str, value: object, device: torch.device) -> None:
+def captured(role: str, value: object, problem: "Problem") -> None:
     """What a score function captures."""
     if not isinstance(value, Tensor):
         return
-    same = value.device == device
-    require(same, f"{role} captures a tensor on {value.device}; it must be on {device}, as q is")
+    shape, _, device = facts(f"a tensor that {role} captures", value)
+    same = device == problem.device
+    require(same, f"{role} captures a tensor on {device}; it must be on {problem.device}, as q is")
+    read = 0 not in shape or problem.empty
+    require(read, f"{role} captures a tensor without elements, of shape {tuple(shape)}")
     if value.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             f"{role} captures a tensor that requires a gradient, which there is not: capture its .detach()"

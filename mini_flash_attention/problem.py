@@ -272,7 +272,7 @@ def with_functions(
             if structure.is_identity:
                 structure, values = None, ()
             for value in values:
-                checks.captured(role, value, problem.device)
+                checks.captured(role, value, problem)
             captured += values
         functions.append(structure)
     problem = replace(problem, score_mod=functions[0], mask_mod=functions[1])

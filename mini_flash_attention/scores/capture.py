@@ -9,10 +9,13 @@ import builtins
 import dis
 import functools
 import hashlib
+import importlib
 import inspect
 import linecache
 import math
 import numbers
+import operator
+import pickle
 import sys
 import traceback
 import types
@@ -23,9 +26,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention.scores.numbers import KINDS, CannotTrace, Number, Table, is_one
+from mini_flash_attention.scores.numbers import KINDS, CannotTrace, Number, Table, Torch, is_int32, is_one
 
-OUTSIDE = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "IMPORT_NAME")
+# What a function must not do: what happens outside of it happens once, when a kernel is compiled.
+OUTSIDE = {
+    "STORE_GLOBAL": "assigns '{}', which lies outside of it",
+    "DELETE_GLOBAL": "deletes '{}', which lies outside of it",
+    "STORE_DEREF": "assigns '{}', which lies outside of it",
+    "STORE_ATTR": "assigns the attribute '{}'",
+    "DELETE_ATTR": "deletes the attribute '{}'",
+    "IMPORT_NAME": "imports '{}': do so outside of it",
+    "LOAD_BUILD_CLASS": "defines a class: do so outside of it",
+}
+# Of Python's own functions those whose results depend on their arguments alone, and are the same for a number
+# in a kernel as for a tensor.
+BUILTINS = {
+    name: getattr(builtins, name)
+    for name in (
+        *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "float", "int", "len", "list", "map"),
+        *("max", "min", "pow", "range", "reversed", "round", "sorted", "sum", "tuple", "zip"),
+    )
+}
+MODULES = {
+    "torch": Torch("torch"),
+    "torch.nn.functional": Torch("torch.nn.functional"),
+    "math": math,
+    "operator": operator,
+}
 KINDS_OF_DTYPES = {
     torch.float32: "float",
     torch.float16: "float",
@@ -35,6 +62,15 @@ KINDS_OF_DTYPES = {
     torch.bool: "bool",
 }
 Build = Callable[[Sequence[Any]], Any]  # from captured values, in order, to what was captured
+Read = Callable[[Any, list[Any]], bool]  # whether another has the same structure; its values are appended
+
+
+class Part(NamedTuple):
+    """A captured thing without its values."""
+
+    key: tuple
+    build: Build
+    read: Read
 
 
 class Place(NamedTuple):
@@ -58,6 +94,7 @@ class Function:
     def __init__(self, role: str, key: tuple, kinds: tuple[str, ...], build: Build) -> None:
         """role: "score_mod" or "mask_mod", or the name of one of ours. kinds: of the captured values."""
         self.role, self.key, self.kinds, self.build = role, key, kinds, build
+        self.found_at: tuple[str, str] | None = None  # module and name, if it can be imported
         self.digest = hashlib.sha256(repr((role, key, kinds)).encode()).hexdigest()[:32]
         score = Number(KINDS, "float", 1.0)
         result = self.apply(KINDS, kinds, score, Place(*("int",) * 6))
@@ -73,6 +110,15 @@ class Function:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __reduce__(self) -> tuple:
+        if self.role in BUILT_IN:
+            return built_in, (self.role,)
+        if self.found_at is None:
+            raise pickle.PicklingError(
+                f"{self.role}: define it at a module's level: another process is to import it"
+            )
+        return _imported, (self.role, *self.found_at, self.digest)
+
     @property
     def hides(self) -> bool:
         """Whether scores may become -inf."""
@@ -86,13 +132,13 @@ class Function:
         where = [Number(ops, x) for x in place[:4]]
         try:
             if self.role == "score_mod":
-                return self._number(ops, function(score, *where), score)
-            seen = self._number(ops, function(*where), score)
-            if ops.kind(seen.x) != "bool":
-                raise CannotTrace("it must return a condition, such as q_idx >= kv_idx")
-            return torch.where(seen, score, -math.inf)
-        except CannotTrace as error:
-            raise CannotTrace(f"{self.role}: {error}{_line(error)}") from None
+                return self._result(ops, function(score, *where))
+            return torch.where(self._result(ops, function(*where)), score, -math.inf)
+        except Exception as error:
+            if ops is not KINDS:  # it has passed that test
+                raise
+            kind = "" if isinstance(error, CannotTrace) else f"{type(error).__name__}: "
+            raise CannotTrace(f"{self.role}: {kind}{error}{_line(error, function)}") from error
 
     def _wrapped(self, ops: Any, kind: str, value: Any) -> Any:
         name, _, ndim = kind.partition(" ")
@@ -101,22 +147,38 @@ class Function:
         table = Table(ops, name.partition(":")[0] if ops is KINDS else value, int(ndim))
         return table if table.ndim else table[()]
 
-    def _number(self, ops: Any, result: Any, score: Number) -> Number:
-        if isinstance(result, Number):
-            return result
+    def _result(self, ops: Any, result: Any) -> Number:
         if isinstance(result, bool | int | float):
-            return Number(ops, result)
-        raise CannotTrace(f"it must return a number, not {type(result).__name__}")
+            result = Number(ops, result)
+        if not isinstance(result, Number):
+            raise CannotTrace(f"it must return a number, not {type(result).__name__}")
+        condition = ops.kind(result.x) == "bool"
+        if condition and self.role == "score_mod":
+            raise CannotTrace("it must return a score, no condition, which is for mask_mod")
+        if not condition and self.role == "mask_mod":
+            raise CannotTrace("it must return a condition, such as q_idx >= kv_idx")
+        return result
 
 
-def _line(error: CannotTrace) -> str:
-    """Where in the user's code it happened."""
-    ours = str(Path(__file__).parent)
+def _line(error: Exception, function: Callable[..., Any]) -> str:
+    """Where in the user's code it happened, or where that starts."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(ours):
-            line = linecache.getline(frame.filename, frame.lineno).strip()
-            return f"\n  {frame.filename}, line {frame.lineno}: {line}" if line else ""
-    return ""
+        if not frame.filename.startswith(NOT_THE_USERS):
+            return _shown(frame.filename, frame.lineno)
+    return _start(function)
+
+
+def _start(function: Callable[..., Any]) -> str:
+    code = getattr(function, "__code__", None)
+    return "" if code is None else _shown(code.co_filename, code.co_firstlineno)
+
+
+def _shown(file: str, number: int) -> str:
+    line = linecache.getline(file, number).strip()
+    return f"\n  {file}, line {number}: {line}" if line else f"\n  {file}, line {number}"
+
+
+NOT_THE_USERS = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
 class Scoring(tuple):
@@ -193,13 +255,34 @@ def capture(role: str, function: Callable[..., Any]) -> tuple[Function, tuple[An
         CannotTrace: a TypeError that says what to write instead.
     """
     values: list[Any] = []
+    code = getattr(function, "__code__", None)
+    recent = _recent.get((role, id(code)))
+    if recent is not None and recent.read(function, values):
+        return recent.function, tuple(values)
+    values.clear()
     try:
         if not callable(function):
             raise CannotTrace(f"it must be a function, not {type(function).__name__}")
-        key, build = _walk(function, getattr(function, "__qualname__", repr(function)), values, ())
+        key, build, read = _walk(function, getattr(function, "__name__", "it"), values, ())
     except CannotTrace as error:
-        raise CannotTrace(f"{role}: {error}") from None
-    return _function(role, key, tuple(map(_kind, values)), _Once(build)), tuple(values)
+        raise CannotTrace(f"{role}: {error}{_start(function)}") from None
+    found = _function(role, key, tuple(map(_kind, values)), _Once(build))
+    found.found_at = found.found_at or _module_and_name(function)
+    if len(_recent) >= 1024:
+        _recent.clear()
+    _recent[role, id(code)] = Recent(code, read, found)
+    return found, tuple(values)
+
+
+class Recent(NamedTuple):
+    """What was last found in a code object, which it keeps alive: its id is no other's."""
+
+    code: types.CodeType | None
+    read: Read
+    function: Function
+
+
+_recent: dict[tuple[str, int], Recent] = {}
 
 
 class _Once:
@@ -220,6 +303,19 @@ def _function(role: str, key: tuple, kinds: tuple[str, ...], once: _Once) -> Fun
     return Function(role, (sys.version_info[:2], key), kinds, once.build)
 
 
+def _module_and_name(function: Callable[..., Any]) -> tuple[str, str] | None:
+    """Where another process finds it."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    return (module, name) if getattr(sys.modules.get(module), name, None) is function else None
+
+
+def _imported(role: str, module: str, name: str, digest: str) -> Function:
+    function, _ = capture(role, getattr(importlib.import_module(module), name))
+    if function.digest != digest:
+        raise pickle.UnpicklingError(f"{role}: {module}.{name} is another function here, or captures others")
+    return function
+
+
 def _kind(x: Any) -> str:
     if isinstance(x, Tensor):
         dtype = str(x.dtype).removeprefix("torch.")
@@ -227,95 +323,186 @@ def _kind(x: Any) -> str:
     return type(x).__name__
 
 
-def _walk(x: Any, path: str, values: list[Any], parents: tuple) -> tuple[tuple, Build]:
-    """The structure of x, and what makes it again of other values; its values are appended."""
+def _walk(x: Any, path: str, values: list[Any], parents: tuple) -> Part:
+    """The structure of x; its values are appended. path: what to call x in errors."""
     if hasattr(x, "dtype") and not isinstance(x, Tensor) and getattr(x, "ndim", None) == 0:
         x = x.item()  # NumPy's numbers
-    if x is None or isinstance(x, bool | str | torch.dtype):
-        return ("static", repr(x)), lambda _: x
+    if x is None or isinstance(x, bool | str):
+        return _static(("static", repr(x)), x)
     if isinstance(x, numbers.Real):
-        x = int(x) if isinstance(x, numbers.Integral) else float(x)
-        if isinstance(x, int) and not -(2**31) <= x < 2**31:
-            raise CannotTrace(f"{path} is {x}, which is no 32-bit integer")
-        if isinstance(x, float) and not math.isfinite(x):
-            return ("static", repr(x)), lambda _: x
-        return _slot(x, values)
+        return _walk_number(int(x) if isinstance(x, numbers.Integral) else float(x), path, values)
     if isinstance(x, Tensor):
-        if x.dtype not in KINDS_OF_DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in KINDS_OF_DTYPES)
-            raise CannotTrace(f"{path} is a tensor of {x.dtype}; captured tensors may be {names}")
-        return _slot(x, values)
+        return _walk_tensor(x, path, values)
     if isinstance(x, tuple | list):
-        keys, builds = _all(((f"{path}[{i}]", item) for i, item in enumerate(x)), values, parents)
-        return ("tuple", *keys), lambda new: tuple(build(new) for build in builds)
-    if isinstance(x, types.ModuleType):
-        return ("module", x.__name__), lambda _: x
+        return _walk_tuple(x, path, values, parents)
     if isinstance(x, functools.partial):
         return _walk_partial(x, path, values, parents)
-    if isinstance(x, types.BuiltinFunctionType | type):
-        return ("builtin", x.__module__, x.__name__), lambda _: x
-    if not isinstance(x, types.FunctionType):
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise CannotTrace(f"{path} is a {kind}: put the numbers and tensors it needs into variables")
-    if x in parents:
-        raise CannotTrace(f"{path} calls itself")
-    return _walk_function(x, path, values, (*parents, x))
+    if isinstance(x, types.FunctionType):
+        if x in parents:
+            raise CannotTrace(f"{path} calls itself")
+        return _walk_function(x, path, values, parents)
+    return _walk_name(x, path)
 
 
-def _slot(x: Any, values: list[Any]) -> tuple[tuple, Build]:
+def _static(key: tuple, x: Any, becomes: Any = None) -> Part:
+    """What is known when a kernel is compiled."""
+    becomes = x if becomes is None else becomes
+    return Part(key, lambda _: becomes, lambda other, _: other is x)
+
+
+def _walk_name(x: Any, path: str) -> Part:
+    """Modules, functions of Python and PyTorch, dtypes: by their names, which they keep."""
+    name = getattr(x, "__name__", "")
+    if isinstance(x, types.ModuleType):
+        if name not in MODULES:
+            raise CannotTrace(f"{path} is a module: import from {name} the numbers and functions it needs")
+        return _static(("module", name), x, MODULES[name])
+    if name in BUILTINS and x is BUILTINS[name]:
+        return _static(("builtin", name), x)
+    name = str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else name
+    for module in ("torch", "math", "operator"):
+        if name and x is getattr(sys.modules[module], name, None):
+            return _static((module, name), x, getattr(MODULES[module], name))
+    kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+    instead = "put the numbers and tensors it needs into variables"
+    if isinstance(x, type):
+        kind = "class"
+    elif hasattr(x, "__array__"):
+        instead = "make it a tensor, torch.as_tensor"
+    elif callable(x):
+        instead = "write a plain Python function"
+    raise CannotTrace(f"{path} is a {kind}: {instead}")
+
+
+def _walk_number(x: int | float, path: str, values: list[Any]) -> Part:
+    kind = type(x)
+    if kind is int and not is_int32(x):
+        raise CannotTrace(f"{path} is {x}, which is no 32-bit integer")
+    if kind is float and not math.isfinite(x):
+        return Part(("static", repr(x)), lambda _: x, lambda *_: False)
+    place, fits = len(values), is_int32 if kind is int else math.isfinite
+    values.append(x)
+
+    def read(other: Any, new: list[Any]) -> bool:
+        new.append(other)
+        return type(other) is kind and fits(other)
+
+    return Part(("value", kind.__name__), lambda new: new[place], read)
+
+
+def _walk_tensor(x: Tensor, path: str, values: list[Any]) -> Part:
+    dtype, ndim = x.dtype, x.ndim
+    if dtype not in KINDS_OF_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in KINDS_OF_DTYPES)
+        raise CannotTrace(f"{path} is a tensor of {dtype}; captured tensors may be {names}")
     place = len(values)
     values.append(x)
-    return ("value", _kind(x)), lambda new: new[place]
+
+    def read(other: Any, new: list[Any]) -> bool:
+        new.append(other)
+        return isinstance(other, Tensor) and other.dtype is dtype and other.ndim == ndim
+
+    return Part(("value", _kind(x)), lambda new: new[place], read)
 
 
-def _all(items: Iterable[tuple[str, Any]], values: list[Any], parents: tuple) -> tuple[tuple, tuple]:
-    walked = [_walk(x, path, values, parents) for path, x in items]
-    return tuple(key for key, _ in walked), tuple(build for _, build in walked)
+def _walk_tuple(x: Sequence[Any], path: str, values: list[Any], parents: tuple) -> Part:
+    keys, builds, reads = _all(((f"{path}[{i}]", item) for i, item in enumerate(x)), values, parents)
+    alike = _alike(reads)
+    return Part(
+        ("tuple", *keys),
+        lambda new: tuple(build(new) for build in builds),
+        lambda other, new: type(other) in (tuple, list) and alike(other, new),
+    )
 
 
-def _walk_partial(x: functools.partial, path: str, values: list[Any], parents: tuple) -> tuple[tuple, Build]:
+def _all(items: Iterable[tuple[str, Any]], values: list[Any], parents: tuple) -> tuple[tuple, ...]:
+    """keys, builds, reads"""
+    return tuple(zip(*(_walk(x, path, values, parents) for path, x in items), strict=True)) or ((), (), ())
+
+
+def _alike(reads: tuple[Read, ...]) -> Read:
+    """Reads several, in order."""
+
+    def read(others: Sequence[Any], new: list[Any]) -> bool:
+        if len(others) != len(reads):
+            return False
+        for one, other in zip(reads, others):  # noqa: B905, SIM110, the other ways take time
+            if not one(other, new):
+                return False
+        return True
+
+    return read
+
+
+def _walk_partial(x: functools.partial, path: str, values: list[Any], parents: tuple) -> Part:
     names = tuple(x.keywords)
     parts = ("func", x.func), ("args", x.args), ("keywords", tuple(x.keywords.values()))
-    keys, builds = _all(((f"{path}.{name}", part) for name, part in parts), values, parents)
+    items = ((f"{path}.{name}", part) for name, part in parts)
+    keys, builds, _ = _all(items, values, (*parents, x))
 
     def build(new: Sequence[Any]) -> functools.partial:
         function, args, given = (part(new) for part in builds)
         return functools.partial(function, *args, **dict(zip(names, given, strict=True)))
 
-    return ("partial", names, *keys), build
+    return Part(("partial", names, *keys), build, lambda *_: False)
 
 
-def _walk_function(
-    f: types.FunctionType, path: str, values: list[Any], parents: tuple
-) -> tuple[tuple, Build]:
-    code = f.__code__
-    try:
-        closure = zip(code.co_freevars, f.__closure__ or (), strict=True)
-        cells = [(f"{name} of {path}", cell.cell_contents) for name, cell in closure]
-    except ValueError:
-        raise CannotTrace(f"{path} uses a variable before it has a value") from None
-    names = [n for n in _globals(code) if n in f.__globals__ or not hasattr(builtins, n)]
+def _walk_function(f: types.FunctionType, path: str, values: list[Any], parents: tuple) -> Part:
+    code, name = f.__code__, f.__name__
+    used = _globals(code)
+    names = tuple(n for n in used if n in f.__globals__ or n not in BUILTINS)
     for n in names:
         if n not in f.__globals__:
-            raise CannotTrace(f"{path}: name '{n}' is not defined")
-    name, keywords = f.__name__, tuple(f.__kwdefaults__ or ())  # `build` must not keep what f captures
-    parts = (
-        cells,
-        [(f"{name} of {path}", f.__globals__[name]) for name in names],
-        [(f"a default of {path}", x) for x in f.__defaults__ or ()],
-        [(f"{keyword} of {path}", f.__kwdefaults__[keyword]) for keyword in keywords],
-    )
-    keys, builds = zip(*(_all(part, values, parents) for part in parts), strict=True)
+            what = (
+                f"uses {n}(), which kernels cannot" if hasattr(builtins, n) else f"name '{n}' is not defined"
+            )
+            raise CannotTrace(f"{path}: {what}")
+    own = tuple(n for n in used if n not in names)  # Python's
+    try:
+        captured = _captured(f, names)
+    except ValueError:
+        raise CannotTrace(f"{path} uses a variable before it has a value") from None
+    keywords, defaults = tuple(f.__kwdefaults__ or ()), len(f.__defaults__ or ())
+    called = *code.co_freevars, *names, *("a default",) * defaults, *keywords
+    items = ((f"{what} of {path}", x) for what, x in zip(called, captured, strict=True))
+    keys, builds, reads = _all(items, values, (*parents, f))
+    free, end = len(code.co_freevars), len(code.co_freevars) + len(names)
+    alike = _alike(reads)
 
     def build(new: Sequence[Any]) -> types.FunctionType:
-        cells, taken, defaults, given = ([b(new) for b in part] for part in builds)
-        scope = {"__builtins__": builtins, **dict(zip(names, taken, strict=True))}
-        closure = tuple(types.CellType(x) for x in cells)
-        made = types.FunctionType(code, scope, name, tuple(defaults), closure)
-        made.__kwdefaults__ = dict(zip(keywords, given, strict=True))
-        return made
+        made = [b(new) for b in builds]
+        scope = {"__builtins__": BUILTINS, **dict(zip(names, made[free:end], strict=True))}
+        closure = tuple(types.CellType(x) for x in made[:free])
+        function = types.FunctionType(code, scope, name, tuple(made[end : end + defaults]), closure)
+        function.__kwdefaults__ = dict(zip(keywords, made[end + defaults :], strict=True))
+        return function
 
-    return ("function", _structure(code, frozenset(names)), keywords, *keys), build
+    def read(other: Any, new: list[Any]) -> bool:
+        if type(other) is not types.FunctionType or other.__code__ is not code:
+            return False
+        if len(other.__defaults__ or ()) != defaults or tuple(other.__kwdefaults__ or ()) != keywords:
+            return False
+        for n in own:
+            if n in other.__globals__:
+                return False
+        try:
+            return alike(_captured(other, names), new)
+        except (KeyError, ValueError):
+            return False
+
+    structure = _structure(code, frozenset(names), bool(parents))
+    return Part(("function", structure, keywords, defaults, *keys), build, read)
+
+
+def _captured(f: types.FunctionType, names: tuple[str, ...]) -> list[Any]:
+    """What a function captures: variables around it, globals, defaults. KeyError, ValueError: one is gone."""
+    found, scope = [cell.cell_contents for cell in f.__closure__ or ()], f.__globals__
+    found += [scope[name] for name in names]
+    if f.__defaults__:
+        found += f.__defaults__
+    if f.__kwdefaults__:
+        found += f.__kwdefaults__.values()
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
@@ -324,7 +511,7 @@ def _globals(code: types.CodeType) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for i in dis.get_instructions(code):
         if i.opname in OUTSIDE and i.argval not in code.co_cellvars:
-            raise CannotTrace(f"{code.co_name} imports or assigns '{i.argval}', which lies outside of it")
+            raise CannotTrace(f"{code.co_name} {OUTSIDE[i.opname].format(i.argval)}")
         if i.opname == "LOAD_GLOBAL":
             found[i.argval] = None
         if isinstance(i.argval, types.CodeType):
@@ -333,15 +520,27 @@ def _globals(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _structure(code: types.CodeType, captured: frozenset[str]) -> tuple:
-    """The bytecode with its constants; names count where they are attributes' or builtins'."""
+def _structure(code: types.CodeType, captured: frozenset[str], named: bool) -> tuple:
+    """The bytecode with its constants; names count where they are attributes', builtins' or parameters'.
+
+    named: whether its parameters have names for whoever calls it.
+    """
     loads = list(dis.get_instructions(code))
     attributes = {i.argval for i in loads if i.opcode in dis.hasname and i.opname != "LOAD_GLOBAL"}
     names = tuple(n if n in attributes or n not in captured else "" for n in code.co_names)
     consts = [
-        _structure(x, captured) if isinstance(x, types.CodeType) else (type(x).__name__, repr(x))
+        _structure(x, captured, True) if isinstance(x, types.CodeType) else _constant(x)
         for x in code.co_consts
     ]
+    used = {i.arg for i in loads if i.opcode in dis.hasconst}
+    if consts and 0 not in used:
+        consts[0] = ("docstring",)  # or None in its place
     counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
+    parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if named else ()
     more = code.co_flags & ~inspect.CO_NESTED, getattr(code, "co_exceptiontable", b"")
-    return code.co_code, tuple(consts), names, counts, more
+    return code.co_code, tuple(consts), names, counts, parameters, more
+
+
+def _constant(x: Any) -> tuple[str, str]:
+    """In words that are the same in each process."""
+    return type(x).__name__, repr(sorted(map(repr, x)) if isinstance(x, frozenset) else x)
