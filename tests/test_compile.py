@@ -13,6 +13,7 @@ if importlib.util.find_spec("nvidia_cutlass_dsl") is None:
     pytest.skip("CuTe DSL is not installed", allow_module_level=True)
 
 from cubin import resources
+from score_functions import same_document, scaled_and_biased
 from tiny import TinyConfig
 
 from mini_flash_attention import __main__, flash_attn_func
@@ -20,8 +21,13 @@ from mini_flash_attention.gpu import cache, compile, config, plans
 from mini_flash_attention.gpu.compile import KernelConfig
 from mini_flash_attention.gpu.config import ForwardConfig
 from mini_flash_attention.problem import Problem
+from mini_flash_attention.scores.capture import Scoring, built_in, capture
 
 ARCHS = ("sm_80", "sm_90a", "sm_120a")
+OURS = Scoring(map(built_in, ("softcap", "alibi")))
+USERS = Scoring(
+    capture(role, f)[0] for role, f in (("score_mod", scaled_and_biased), ("mask_mod", same_document))
+)
 
 
 def features(arch: str) -> Iterator[KernelConfig]:
@@ -31,15 +37,19 @@ def features(arch: str) -> Iterator[KernelConfig]:
             call = path, arch, "bfloat16", head_dim, config.MASKS[i % 3]
             page = config.SM90_PAGES[i % 3] if path == "sm90" else 1
             for mask in config.MASKS:
-                yield config.forward(*call[:-1], mask, ragged=True, score="softcap_alibi")
+                yield config.forward(*call[:-1], mask, ragged=True, score=OURS)
+            for mask in config.MASKS if head_dim == 128 else (call[-1],):
+                yield config.forward(*call[:-1], mask, score=USERS)
             yield config.forward(*call, ragged=True, page=page)
             yield config.forward(*call, dropout=True)
             yield config.backward(*call, deterministic=True)
-            yield config.backward(*call, deterministic=path == "sm80", ragged=True, score="softcap_alibi")
+            yield config.backward(*call, deterministic=path == "sm80", ragged=True, score=OURS)
+            yield config.backward(*call, score=USERS)
             yield config.backward(*call, ragged=True, dropout=True)
     for head_dim in config.HEAD_DIMS:
         for rows in (16, 64):
-            yield config.decode(arch, "float16", head_dim, rows, "softcap_alibi", page=1)
+            for score in (OURS, USERS):
+                yield config.decode(arch, "float16", head_dim, rows, score, page=1)
 
 
 CONFIGS = [
@@ -64,10 +74,11 @@ KERNELS = {
 
 
 def label(row: KernelConfig) -> str:
-    facts = dataclasses.asdict(row)
-    names = "dtype", "head_dim", "tile_m", "mask", "score", "rotary", "page"
-    flags = [name for name in ("ragged", "dropout", "deterministic") if facts.get(name)]
-    return "-".join([row.kernel, row.arch, *(str(facts[n]) for n in names if facts.get(n)), *flags])
+    facts = {name: getattr(row, name, None) for name in ("dtype", "head_dim", "tile_m", "mask")}
+    facts["score"] = "functions" if getattr(row, "score", None) == USERS else getattr(row, "score", None)
+    facts |= {name: getattr(row, name, None) for name in ("rotary", "page")}
+    flags = [name for name in ("ragged", "dropout", "deterministic") if getattr(row, name, False)]
+    return "-".join([row.kernel, row.arch, *(str(fact) for fact in facts.values() if fact), *flags])
 
 
 @pytest.fixture(scope="session")
