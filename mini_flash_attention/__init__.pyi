@@ -24,8 +24,10 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
     *,
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_func(
@@ -41,8 +43,10 @@ def flash_attn_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    block_mask: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_func(
@@ -58,8 +62,10 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -73,6 +79,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -87,6 +95,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -100,6 +109,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -112,6 +123,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -125,6 +138,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_qkvpacked_func(
@@ -137,6 +151,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -159,6 +175,7 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor: ...
@@ -183,6 +200,7 @@ def flash_attn_varlen_func(
     return_attn_probs: Literal[True],
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
@@ -207,6 +225,7 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
@@ -226,6 +245,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -244,6 +265,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -261,6 +283,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -275,6 +299,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -290,6 +316,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     *,
     return_attn_probs: Literal[True],
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
@@ -304,6 +331,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_with_kvcache(
@@ -327,6 +356,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: Literal[False] = False,
     *,
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor: ...
@@ -352,6 +382,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     *,
     return_softmax_lse: Literal[True],
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -377,6 +408,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
     *,
+    s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...

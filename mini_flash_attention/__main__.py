@@ -24,8 +24,8 @@ def main() -> None:
         help="compile kernels ahead of time, for any GPU, without a GPU",
         description="Compiles kernels into the cache, for every path that runs on these architectures: "
         "forward (dense, variable lengths, pages), backward, decoding and the append to a cache. Without "
-        "options: head dims 64 and 128, both dtypes, full and causal. Score functions, dropout and "
-        "deterministic gradients are compiled at first use.",
+        "options: head dims 64 and 128, both dtypes, full and causal. Score functions, sinks, dropout "
+        "and deterministic gradients are compiled at first use.",
     )
     command.set_defaults(run=precompile)
     command.add_argument("--arch", nargs="+", help="such as sm_90a; by default the GPU here")

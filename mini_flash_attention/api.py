@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mini_flash_attention import backend, checks, ops
+from mini_flash_attention import backend, checks, ops, sinks
+from mini_flash_attention.block_mask import BlockMask
 from mini_flash_attention.gpu import fast
 from mini_flash_attention.problem import (
     Inputs,
@@ -25,8 +26,8 @@ from mini_flash_attention.problem import (
 
 ScoreMod = Callable[[Any, Any, Any, Any, Any], Any]  # score, batch, head, q_idx, kv_idx
 MaskMod = Callable[[Any, Any, Any, Any], Any]  # batch, head, q_idx, kv_idx
-Functions = tuple[ScoreMod | None, MaskMod | None]
-NO_FUNCTIONS = (None, None)
+Functions = tuple[ScoreMod | None, MaskMod | None, BlockMask | None]
+NO_FUNCTIONS = (None, None, None)
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
 KV = checks.OUR_NAMES | {"k": "kv", "v": "kv"}
 QKV = checks.OUR_NAMES | {"q": "qkv", "k": "qkv", "v": "qkv"}
@@ -48,8 +49,10 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    s_aux: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Output:
     """Exact attention, softmax(q kᵀ · softmax_scale) v, that never stores the matrix of scores.
 
@@ -77,6 +80,11 @@ def flash_attn_func(
         deterministic: gradients are bitwise the same in each run, at some cost in speed. So they are
             under torch.use_deterministic_algorithms(True).
         return_attn_probs: return (out, softmax_lse, S_dmask) instead of out.
+        s_aux: (heads,), any of the dtypes of q, computed with in fp32 (fp64 for fp64 inputs): attention
+            sinks, as GPT-OSS learns them. Each query of head h sees one more score, s_aux[h], whose value
+            is 0: out = sum_j exp(score_j) v_j / (sum_j exp(score_j) + exp(s_aux[h])). It is a natural
+            logarithm, which neither softmax_scale nor softcap nor a mask changes, and dropout drops no
+            sink. None is off. Differentiable.
         score_mod: score_mod(score, batch, head, q_idx, kv_idx) returns what becomes of a score, after
             softmax_scale, softcap and alibi_slopes. A plain Python function of operators, comparisons,
             & | ~ and torch.where, minimum, maximum, abs, exp, log, sqrt, tanh, sigmoid; it may capture
@@ -84,14 +92,17 @@ def flash_attn_func(
             with its derivative. q_idx and kv_idx count from 0, unlike the diagonal. As in FlexAttention.
         mask_mod: mask_mod(batch, head, q_idx, kv_idx) returns whether the query sees the key, on top of causal
             and window_size. Written like score_mod.
+        block_mask: `create_block_mask(mask_mod, ...)` in the place of mask_mod, causal and window_size: blocks
+            that it hides are not visited. Or FlexAttention's.
 
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
         softmax_lse: (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs): the natural logarithm of
-            the sum of exp(score) over the keys that the query sees. Differentiable, as out is.
+            the sum of exp(score) over the keys that the query sees, and over its sink. Differentiable, as
+            out is.
         S_dmask: for tests only; None without dropout, else (batch, heads, seqlen_q, seqlen_k), the
-            softmax probabilities, negative where dropped.
-        A query that sees no key has out 0, softmax_lse -inf and gradient 0.
+            softmax probabilities, negative where dropped. The sink's are left out.
+        A query that sees no key has out 0 and gradient 0; its softmax_lse is -inf, or its sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed.
@@ -99,8 +110,9 @@ def flash_attn_func(
         RuntimeError: the GPU is older than SM80, or not known to this version; from the backward pass,
             create_graph=True (there are no second derivatives).
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _dense(q, k, v, options, return_attn_probs, checks.OUR_NAMES, (score_mod, mask_mod))
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
+    functions = score_mod, mask_mod, block_mask
+    return _dense(q, k, v, options, return_attn_probs, checks.OUR_NAMES, functions)
 
 
 def flash_attn_qkvpacked_func(
@@ -113,6 +125,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Self-attention of queries, keys and values that one projection made, as one tensor.
 
@@ -122,7 +136,7 @@ def flash_attn_qkvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_func`.
     """
     q, k, v = _unpack("qkv", qkv, "batch, seqlen, 3, heads, head_dim")
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _dense(q, k, v, options, return_attn_probs, QKV)
 
 
@@ -137,6 +151,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Attention to keys and values that one projection made, as one tensor.
 
@@ -147,7 +163,7 @@ def flash_attn_kvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_func`.
     """
     k, v = _unpack("kv", kv, "batch, seqlen, 2, heads, head_dim")
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _dense(q, k, v, options, return_attn_probs, KV)
 
 
@@ -171,6 +187,7 @@ def flash_attn_varlen_func(
     *,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    s_aux: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
 ) -> Output:
@@ -209,7 +226,8 @@ def flash_attn_varlen_func(
     for the device in each call.
 
     Returns:
-        out: (total_q, heads, head_dim). Rows that belong to no sequence are 0, their softmax_lse is -inf.
+        out: (total_q, heads, head_dim). Rows that belong to no sequence are 0, their softmax_lse is -inf,
+            with s_aux too.
         softmax_lse: (heads, total_q), fp32 (fp64 for fp64 inputs).
         S_dmask: for tests only; None without dropout, else (batch, heads, longest seqlen_q,
             longest seqlen_k), 0 beyond a sequence's own lengths.
@@ -221,9 +239,9 @@ def flash_attn_varlen_func(
         NotImplementedError: from the backward pass, with block_table.
         Else as `flash_attn_func`.
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
-    functions = score_mod, mask_mod
+    functions = score_mod, mask_mod, None
     return _varlen(q, k, v, lengths, options, out, return_attn_probs, checks.OUR_NAMES, functions)
 
 
@@ -239,6 +257,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Self-attention of sequences of any lengths, whose q, k and v one projection made.
 
@@ -251,7 +271,7 @@ def flash_attn_varlen_qkvpacked_func(
     """
     q, k, v = _unpack("qkv", qkv, "total, 3, heads, head_dim")
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None)
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _varlen(q, k, v, lengths, options, None, return_attn_probs, QKV)
 
 
@@ -270,6 +290,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Output:
     """Attention of sequences of any lengths to keys and values that one projection made.
 
@@ -281,7 +303,7 @@ def flash_attn_varlen_kvpacked_func(
     """
     k, v = _unpack("kv", kv, "total, 2, heads, head_dim")
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _varlen(q, k, v, lengths, options, None, return_attn_probs, KV)
 
 
@@ -306,6 +328,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
     *,
+    s_aux: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -337,8 +360,8 @@ def flash_attn_with_kvcache(
         cache_leftpad: int32 (batch,) or None: the first tokens of each storage that do not count.
         block_table: int32 (rows, max_pages) or None: token t of row r is row t % page_size of page
             block_table[r, t // page_size]. Entries behind the last token are not read.
-        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`. The last query
-            is on the diagonal of the last key, new ones included.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux: as in `flash_attn_func`. The last
+            query is on the diagonal of the last key, new ones included.
         rotary_interleaved: rotate elements 2i and 2i + 1 of a head; else i and i + rotary_dim / 2.
         num_splits: into how many parts to split the keys, 1 to 128; 0 chooses by the capacity.
         return_softmax_lse: return (out, softmax_lse) instead of out.
@@ -351,22 +374,22 @@ def flash_attn_with_kvcache(
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
         softmax_lse: (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs).
-        A query that sees no key has out 0 and softmax_lse -inf.
+        A query that sees no key has out 0; its softmax_lse is -inf, or its sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed. Also
             if the cache is too small for an int cache_seqlens, or if a gradient is required.
         NotImplementedError, RuntimeError: as `flash_attn_func`.
     """
-    options = (0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
+    options = (0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False, s_aux)
     new = (k, v, rotary_cos, rotary_sin, rotary_interleaved)
     places = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     if return_softmax_lse is not False:
         return_softmax_lse = checks.flag("return_softmax_lse", return_softmax_lse)
-    functions = score_mod, mask_mod
+    functions = score_mod, mask_mod, None
     if functions != NO_FUNCTIONS:
         out, lse = _uncompiled(_cached_with)(functions, q, k_cache, v_cache, new, places, options, num_splits)
-    elif fast.is_watched(q, k_cache, v_cache):
+    elif fast.is_watched(q, k_cache, v_cache, s_aux):
         out, lse = ops.cached(q, k_cache, v_cache, new, places, options, num_splits)
     else:
         problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
@@ -386,10 +409,10 @@ def _dense(
     names: checks.Names,
     functions: Functions = NO_FUNCTIONS,
 ) -> Output:
-    """names: what the caller calls the arguments. functions: score_mod, mask_mod."""
+    """names: what the caller calls the arguments. functions: score_mod, mask_mod, block_mask."""
     if functions != NO_FUNCTIONS:
         return _uncompiled(_dense_with)(functions, q, k, v, options, return_attn_probs)
-    if fast.is_watched(q, k, v):
+    if fast.is_watched(q, k, v, options[7]):
         return ops.attention(q, k, v, ops.DENSE, options, None, return_attn_probs)
     problem, x = dense(q, k, v, options, names)
     return _attention(problem, x, None, return_attn_probs)
@@ -409,7 +432,7 @@ def _varlen(
     """As _dense."""
     if functions != NO_FUNCTIONS:
         return _uncompiled(_varlen_with)(functions, q, k, v, lengths, options, out, return_attn_probs)
-    if fast.is_watched(q, k, v):
+    if fast.is_watched(q, k, v, options[7]):
         cu_seqlens_q, cu_seqlens_k, longest, _, block_table, seqused_k = lengths
         longest = None if isinstance(longest, Tensor) else longest
         layout = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, longest)
@@ -424,7 +447,7 @@ def _varlen(
 def _dense_with(
     functions: Functions, q: Tensor, k: Tensor, v: Tensor, options: Options, return_attn_probs: bool
 ) -> Output:
-    checks.no_functions(fast.is_watched(q, k, v))
+    checks.no_functions(fast.is_watched(q, k, v, options[7]))
     problem, x = with_functions(*dense(q, k, v, options), *functions)
     return _attention(problem, x, None, return_attn_probs)
 
@@ -439,7 +462,7 @@ def _varlen_with(
     out: Tensor | None,
     return_attn_probs: bool,
 ) -> Output:
-    checks.no_functions(fast.is_watched(q, k, v))
+    checks.no_functions(fast.is_watched(q, k, v, options[7]))
     problem, x = with_functions(*varlen(q, k, v, lengths, options, out), *functions)
     return _attention(problem, x, out, return_attn_probs)
 
@@ -454,9 +477,15 @@ def _cached_with(
     options: Options,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    checks.no_functions(fast.is_watched(q, k_cache, v_cache))
+    checks.no_functions(fast.is_watched(q, k_cache, v_cache, options[7]))
     problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
-    return backend.with_cache(*with_functions(problem, x, *functions), update, num_splits, True)
+    problem, x = with_functions(problem, x, *functions)
+    if torch.is_grad_enabled():
+        tensors = [y for y in x.captured if isinstance(y, Tensor)]
+        checks.no_gradient(
+            "flash_attn_with_kvcache", {f"captured tensor {i}": y for i, y in enumerate(tensors)}
+        )
+    return backend.with_cache(problem, x, update, num_splits, True)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -468,10 +497,14 @@ def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_prob
         return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)
     if problem.dropout_p:
         x = x._replace(seed=_draw_seed(problem.device))
-    if _grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
+    learned = [y for y in x.captured if isinstance(y, Tensor) and y.requires_grad] if x.captured else ()
+    learns = x.q.requires_grad or x.k.requires_grad or x.v.requires_grad or learned
+    if _grad_enabled() and (learns or (x.s_aux is not None and x.s_aux.requires_grad)):
+        if out is not None and learned:
+            checks.no_gradient("out: attention into a given tensor", {"what a function captures": learned[0]})
         if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
             problem = replace(problem, deterministic=True)
-        out, lse = Attention.apply(problem, *x)
+        out, lse = Attention.apply(problem, *x, *learned)
     else:
         out, lse = backend.forward(problem, x, out, return_attn_probs)
     if not return_attn_probs:
@@ -484,7 +517,7 @@ def _attention(problem: Problem, x: Inputs, out: Tensor | None, return_attn_prob
 
 
 class Attention(torch.autograd.Function):
-    """(out, lse) of q, k, v: the backward pass recomputes the probabilities from the LSE."""
+    """(out, lse) of q, k, v, s_aux: the backward pass recomputes the probabilities from the LSE."""
 
     @staticmethod
     def forward(
@@ -496,14 +529,18 @@ class Attention(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         seed: int | None,
         layout: Layout | None,
+        s_aux: Tensor | None,
         captured: tuple[Any, ...],
+        block_mask: BlockMask | None,
+        *learned: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        x = Inputs(q, k, v, alibi_slopes, seed, layout, captured)
+        """learned: the tensors in captured that need a gradient, which autograd finds here."""
+        x = Inputs(q, k, v, alibi_slopes, seed, layout, s_aux, captured, block_mask)
         out, lse = backend.forward(problem, x)
         if not problem.page_size:
             tensors = [value if isinstance(value, Tensor) else None for value in captured]
-            ctx.save_for_backward(q, k, v, alibi_slopes, out, lse, *tensors, *(layout or ()))
-        ctx.problem, ctx.seed = problem, seed
+            ctx.save_for_backward(q, k, v, alibi_slopes, s_aux, out, lse, *tensors, *(layout or ()))
+        ctx.problem, ctx.seed, ctx.block_mask = problem, seed, block_mask
         ctx.captured = [None if isinstance(value, Tensor) else value for value in captured]
         ctx.set_materialize_grads(False)  # an LSE that nobody used has gradient None, not zeros
         return out, lse
@@ -513,10 +550,12 @@ class Attention(torch.autograd.Function):
         checks.no_second_derivative()
         if ctx.problem.page_size:
             raise NotImplementedError("block_table: attention to pages has no gradient")
-        q, k, v, alibi_slopes, out, lse, *more = ctx.saved_tensors
+        q, k, v, alibi_slopes, s_aux, out, lse, *more = ctx.saved_tensors
         tensors, layout = more[: len(ctx.captured)], more[len(ctx.captured) :]
         captured = (y if x is None else x for x, y in zip(tensors, ctx.captured, strict=True))
-        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None, tuple(captured))
+        x = Inputs(q, k, v, alibi_slopes, ctx.seed, Layout(*layout) if layout else None, s_aux)
+        x = x._replace(captured=tuple(captured), block_mask=ctx.block_mask)
+        ds_aux = sinks.gradient(s_aux, out, lse, dout, dlse) if ctx.needs_input_grad[7] else None
         if dout is None:
             dout = torch.zeros_like(out)
         run = (
@@ -524,7 +563,12 @@ class Attention(torch.autograd.Function):
             if fast.is_watched(dout, out, dout if dlse is None else dlse)
             else backend.backward
         )
-        return None, *run(ctx.problem, x, out, lse, dout, dlse), None, None, None, None
+        learned = ()
+        if len(ctx.needs_input_grad) > 10:
+            found = backend.captured_gradients(ctx.problem, x, out, lse, dout, dlse)
+            learned = (gradient for gradient in found if gradient is not None)
+        dq_dk_dv = run(ctx.problem, x, out, lse, dout, dlse)
+        return None, *dq_dk_dv, None, None, None, ds_aux, None, None, *learned
 
 
 def _unpack(name: str, packed: Tensor, dims: str) -> tuple[Tensor, ...]:

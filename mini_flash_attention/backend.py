@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mini_flash_attention import cpu, environment, kv_append
+from mini_flash_attention import captured, cpu, environment, kv_append
 from mini_flash_attention.gpu import config, fast, plans, run
 from mini_flash_attention.problem import CacheUpdate, Inputs, Problem
 
@@ -102,6 +102,13 @@ def backward(
         return run.backward(plan, problem, x, out, lse, dout, dlse)
     with torch.cuda.device(plan.device):
         return run.backward(plan, problem, x, out, lse, dout, dlse)
+
+
+def captured_gradients(
+    problem: Problem, x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> list[Tensor | None]:
+    """Of the values that functions of the scores capture; None where one needs none."""
+    return on_cpu(captured.gradients, problem, x, (out, lse, dout, dlse))
 
 
 def with_cache(

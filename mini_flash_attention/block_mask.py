@@ -167,6 +167,10 @@ class BlockMask:
 
     def as_mask_mod(self) -> MaskMod:
         """A mask function that says the same: mask_mod, and the lists where they say more."""
+        return self._as_mask_mod
+
+    @functools.cached_property
+    def _as_mask_mod(self) -> MaskMod:
         if self.exact:
             return self.mask_mod
         some, full = self._bitmaps()

@@ -21,6 +21,7 @@ from mini_flash_attention import environment, overlap
 from mini_flash_attention.kernels.decode.splits import MAX_SPLITS
 
 if TYPE_CHECKING:
+    from mini_flash_attention.block_mask import BlockMask
     from mini_flash_attention.problem import CacheUpdate, Layout, Lengths, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -201,6 +202,15 @@ def alibi(slopes: Facts | None, batch: int, heads: int, device: torch.device) ->
     require(its_device == device, f"alibi_slopes is on {its_device}, but the other tensors are on {device}")
 
 
+def sinks(s_aux: Facts | None, heads: int, device: torch.device) -> None:
+    if s_aux is None:
+        return
+    shape, dtype, its_device = s_aux
+    require(shape == (heads,), f"s_aux must have shape (heads,) = ({heads},), not {tuple(shape)}")
+    require(dtype in DTYPES, f"s_aux must be one of {', '.join(map(str, DTYPES))}, not {dtype}", TypeError)
+    require(its_device == device, f"s_aux is on {its_device}, but the other tensors are on {device}")
+
+
 def no_gradient(what: str, given: Mapping[str, Tensor | None]) -> None:
     """No tensor requires a gradient. To be asked while gradients are enabled."""
     for name, x in given.items():
@@ -316,8 +326,32 @@ def no_functions(watched: bool) -> None:
         )
 
 
+def block_mask(problem: "Problem", given: object, mask_mod: object) -> "BlockMask":
+    """The block mask of a dense call, PyTorch's as ours."""
+    from mini_flash_attention.block_mask import BlockMask
+
+    require(
+        mask_mod is None, "mask_mod: block_mask has one; combine them: create_block_mask(...) & block_mask"
+    )
+    if not isinstance(given, BlockMask):
+        given = BlockMask.from_torch(given, problem.seqlen_q, problem.seqlen_k)
+    require(given.block_size == 128, f"block_mask must have blocks of 128, not {given.block_size}")
+    batch, heads, *lengths = given.shape
+    ours = [problem.seqlen_q, problem.seqlen_k]
+    require(lengths == ours, f"block_mask is for seqlen_q, seqlen_k = {lengths}, but they are {ours}")
+    for name, size, expected in (("batch", batch, problem.batch), ("heads", heads, problem.heads_q)):
+        require(size in (1, expected), f"block_mask is for {size} {name}, but q has {expected}")
+    same = given.device == problem.device
+    require(same, f"block_mask is on {given.device}; it must be on {problem.device}, as q is")
+    windowed = (
+        "causal and window_size: put them into the mask_mod of block_mask (masks.causal, sliding_window)"
+    )
+    require(not problem.windowed, windowed)
+    return given
+
+
 def captured(role: str, value: object, problem: "Problem") -> None:
-    """What a score function captures."""
+    """A value that a score function captures."""
     if not isinstance(value, Tensor):
         return
     shape, _, device = facts(f"a tensor that {role} captures", value)
@@ -325,10 +359,6 @@ def captured(role: str, value: object, problem: "Problem") -> None:
     require(same, f"{role} captures a tensor on {device}; it must be on {problem.device}, as q is")
     read = 0 not in shape or problem.empty
     require(read, f"{role} captures a tensor without elements, of shape {tuple(shape)}")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{role} captures a tensor that requires a gradient, which there is not: capture its .detach()"
-        )
 
 
 def flag(name: str, value: bool) -> bool:

@@ -45,7 +45,7 @@ def forward(problem: Problem, x: Inputs, out: Tensor | None = None) -> tuple[Ten
         out: like q.
         lse: (batch, heads_q, seqlen_q), packed (heads_q, total_q), natural logarithm, in the dtype of
             the computation.
-        Rows of packed q that belong to no sequence have out 0, lse -inf.
+        Rows of packed q that belong to no sequence have out 0, lse -inf, with sinks too.
     """
     if out is None:
         out = x.q.new_empty(x.q.shape)
@@ -95,6 +95,14 @@ def forward_dense(problem: Problem, x: Inputs, first: int, out: Tensor, lse: Ten
                 acc_P.mul_(kept(problem, x.seed, first, rows, keys))
             acc_O.mul_(rescale).baddbmm_(acc_P, gV)
             del acc_S, acc_P  # the next tile takes over their memory, which is still in cache
+
+        if x.s_aux is not None:  # one more key, whose value is 0
+            sink = sinks_of_rows(problem, x.s_aux, row_max)
+            old_max, row_max = row_max, torch.maximum(row_max, sink)
+            offset = row_max.masked_fill(row_max == -INF, 0)
+            rescale = torch.exp(old_max - offset)
+            row_sum = row_sum * rescale + torch.exp(sink - offset)
+            acc_O = acc_O * rescale
 
         store_rows(problem, row_max + row_sum.log(), lse, rows)
         row_sum.masked_fill_(row_sum == 0, 1)  # a row without keys, where acc_O is 0
@@ -273,7 +281,7 @@ def row_statistics(
     """What the backward pass must know of each row: its LSE, and delta = rowsum(dO * O) - dLSE.
 
     dS = P * (dP - delta): a softmax's gradient, with that of its LSE, whose derivative is P too.
-    Rows that see no key get lse = +inf, so that P = exp(S - lse) is 0 and not exp(-inf + inf).
+    Rows that see no key and no sink get lse = +inf, so that P = exp(S - lse) is 0 and not exp(-inf + inf).
 
     Everything is (batch, seqlen_q, heads_q, 1), but dout and out, which have head_dim elements there.
     """
@@ -283,6 +291,12 @@ def row_statistics(
         delta -= dlse
     empty = lse == -INF
     return lse.masked_fill(empty, INF), delta.masked_fill(empty, 0)
+
+
+def sinks_of_rows(problem: Problem, s_aux: Tensor, like: Tensor) -> Tensor:
+    """s_aux (heads_q) as a tile (h, tile_m * group, 1), like the one given."""
+    sinks = s_aux.to(like.dtype).view(problem.heads_k, 1, problem.group, 1)
+    return sinks.expand_as(by_head(problem, like)).flatten(2, 3).flatten(0, 1)
 
 
 def scores(
@@ -363,9 +377,9 @@ def compute_dtype(problem: Problem) -> torch.dtype:
     return torch.float64 if problem.dtype == torch.float64 else torch.float32
 
 
-def tile_shape(problem: Problem) -> tuple[int, int]:
-    """(tile_m, tile_n): as large as TILE_ELEMENTS allows, but no larger than a window."""
-    exponent = int(math.log2(TILE_ELEMENTS / max(1, problem.batch * problem.heads_q)))
+def tile_shape(problem: Problem, elements: int = TILE_ELEMENTS) -> tuple[int, int]:
+    """(tile_m, tile_n): as large as so many scores allow, but no larger than a window."""
+    exponent = int(math.log2(elements / max(1, problem.batch * problem.heads_q)))
     tile_m, tile_n = 2 ** -(-exponent // 2), 2 ** (exponent // 2)
     if problem.window_left is not None and problem.window_right is not None:
         window = problem.window_left + problem.window_right + 1

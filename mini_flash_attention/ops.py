@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mini_flash_attention import backend, checks, problem
+from mini_flash_attention import backend, checks, problem, sinks
 from mini_flash_attention.gpu import fast
 from mini_flash_attention.problem import Inputs, Layout, Problem
 
@@ -30,12 +30,14 @@ LAYOUT = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, SymInt? max_seqlen_q"
 )
 SCORE = "float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap"
-OPTIONS = f"{LAYOUT}, Tensor? alibi_slopes, Tensor? seed, float dropout_p, {SCORE}, bool deterministic"
+TENSORS = "Tensor? alibi_slopes, Tensor? s_aux, Tensor? seed"
+OPTIONS = f"{LAYOUT}, {TENSORS}, float dropout_p, {SCORE}, bool deterministic"
 DENSE = (None,) * 5  # the layout of dense q, k, v
+S_AUX = 6  # its place in OPTIONS
 UPDATE = "Tensor k, Tensor v, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
 CACHE = (
     "Tensor? cache_seqlens, SymInt? length, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
-    f"Tensor? block_table, Tensor? alibi_slopes, {SCORE}, SymInt num_splits"
+    f"Tensor? block_table, Tensor? alibi_slopes, Tensor? s_aux, {SCORE}, SymInt num_splits"
 )
 
 
@@ -53,11 +55,9 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 def call_of(
     q: Tensor, k: Tensor, v: Tensor, *options: Any, out: Tensor | None = None
 ) -> tuple[Problem, Inputs]:
-    cu_seqlens_q, cu_seqlens_k, seqused_k, table, longest, slopes, seed, dropout_p, *score, deterministic = (
-        options
-    )
-    scale, causal, left, right, softcap = score
-    options = dropout_p, scale, causal, (left, right), softcap, slopes, deterministic
+    *layout, slopes, s_aux, seed, dropout_p, scale, causal, left, right, softcap, deterministic = options
+    cu_seqlens_q, cu_seqlens_k, seqused_k, table, longest = layout
+    options = dropout_p, scale, causal, (left, right), softcap, slopes, deterministic, s_aux
     if cu_seqlens_q is None:
         facts, x = problem.dense(q, k, v, options)
     else:
@@ -181,8 +181,11 @@ def _gradients(
     operator: Callable[..., Any], ctx: Any, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     tensors, options = saved(ctx)
+    others: list[Tensor | None] = [None] * len(options)
+    if ctx.needs_input_grad[3 + S_AUX]:
+        others[S_AUX] = sinks.gradient(options[S_AUX], *tensors[3:], dout, dlse)
     dout = torch.zeros_like(tensors[3]) if dout is None else dout
-    return *operator(dout, dlse, *tensors, *options), *(None for _ in options)
+    return *operator(dout, dlse, *tensors, *options), *others
 
 
 define(f"forward(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)", forward, fake_forward)
@@ -243,10 +246,12 @@ def register_batching(name: str, count: int) -> None:
         info: Any, in_dims: tuple[int | None, ...], *arguments: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         options = arguments[count:]
-        if any(x is not None for x in options[:5]) or options[6] is not None:
+        if any(x is not None for x in options[:5]) or options[7] is not None:
             raise NotImplementedError("torch.vmap takes dense q, k and v only, and no dropout_p")
         if options[5] is not None and (options[5].ndim != 1 or in_dims[count + 5] is not None):
             raise NotImplementedError("alibi_slopes must be (heads,) under torch.vmap, the same for all")
+        if in_dims[count + S_AUX] is not None:
+            raise NotImplementedError("s_aux must be (heads,) under torch.vmap, the same for all")
         size, flat = info.batch_size, []
         for x, dim in zip(arguments[:count], in_dims, strict=False):
             if x is not None:
@@ -270,9 +275,9 @@ def cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any) -> tuple[T
 
 
 def cache_append(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    new, (seqlens, length, *places), (slopes, *score, num_splits) = others[:5], others[5:10], others[10:]
-    scale, causal, left, right, softcap = score
-    options = 0.0, scale, causal, (left, right), softcap, slopes, False
+    new, (seqlens, length, *places), (slopes, s_aux, *score) = others[:5], others[5:10], others[10:]
+    scale, causal, left, right, softcap, num_splits = score
+    options = 0.0, scale, causal, (left, right), softcap, slopes, False, s_aux
     places = (length if seqlens is None else seqlens), *places
     with torch.no_grad():
         facts, x, update = problem.cache(q, k_cache, v_cache, new, places, options, num_splits)
@@ -314,7 +319,7 @@ def _flops(q: Sequence[int], seqlen_k: int, causal: bool, right: int) -> int:
 
 
 def _flops_of_attention(q: Sequence[int], k: Sequence[int], options: tuple[Any, ...]) -> int:
-    return _flops(q, _most_keys(k, options[3]), options[9], options[11])
+    return _flops(q, _most_keys(k, options[3]), options[10], options[12])
 
 
 @register_flop_formula(OPERATORS.forward)
@@ -347,7 +352,7 @@ def flops_of_backward(
 
 @register_flop_formula(OPERATORS.cache)
 def flops_of_cache(q: Any, k_cache: Any, v_cache: Any, *options: Any, out_shape: Any = None, **_: Any) -> int:
-    length, table, causal, right = options[1], options[4], options[7], options[9]
+    length, table, causal, right = options[1], options[4], options[8], options[10]
     return _flops(q, _most_keys(k_cache, table) if length is None else length, causal, right)
 
 
@@ -426,14 +431,16 @@ def attention(
     return_attn_probs: bool,
 ) -> Any:
     """flash_attn_func, and flash_attn_varlen_func with a layout. options: problem.Options."""
-    _refuse(q=q, k=k, v=v)
-    dropout_p, scale, causal, window_size, softcap, slopes, deterministic = options
+    dropout_p, scale, causal, window_size, softcap, slopes, deterministic, s_aux = options
+    _refuse(q=q, k=k, v=v, s_aux=s_aux)
     if (out is not None or layout[3] is not None) and torch.is_grad_enabled():
-        given = {"q": q, "k": k, "v": v, "out": out}
+        given = {"q": q, "k": k, "v": v, "s_aux": s_aux, "out": out}
         checks.no_gradient("attention to pages, or into a given tensor,", given)
     if slopes is not None:
         checks.facts_of_alibi(slopes)
     if hasattr(q, "to_local"):  # a DTensor
+        if s_aux is not None:
+            raise NotImplementedError("s_aux: not of a DTensor, whose parts do not know their heads")
         if slopes is not None:
             raise NotImplementedError("alibi_slopes: not of a DTensor, whose parts do not know their heads")
         if dropout_p:
@@ -443,7 +450,7 @@ def attention(
     left, right = _window(window_size)
     score = scale, checks.flag("causal", causal), left, right, softcap
     return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)
-    forward_mode = _in_forward_mode(q, k, v)
+    forward_mode = _in_forward_mode(q, k, v, *(() if s_aux is None else (s_aux,)))
     if forward_mode and out is not None:
         raise NotImplementedError("out: attention into a given tensor has no forward-mode derivative")
     if forward_mode and backend.choose(q.device, backend.forced_backend()) != "cpu":
@@ -452,7 +459,7 @@ def attention(
             "it with PyTorch operations"
         )
     seed = draw_seed(q.device) if dropout_p else None
-    options = *layout, slopes, seed, dropout_p, *score, checks.flag("deterministic", deterministic)
+    options = *layout, slopes, s_aux, seed, dropout_p, *score, checks.flag("deterministic", deterministic)
     if out is not None:
         lse = OPERATORS.forward_into(q, k, v, out, *options)
     elif forward_mode:  # PyTorch differentiates the operations of the CPU backend
@@ -474,21 +481,22 @@ def cached(
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn_with_kvcache: out and LSE. new, places, options: problem.New, Places and Options."""
-    _refuse(q=q, k_cache=k_cache, v_cache=v_cache)
+    *score, slopes, _, s_aux = options[1:]
+    _refuse(q=q, k_cache=k_cache, v_cache=v_cache, s_aux=s_aux)
     k, v, cos, sin, interleaved = new
     seqlens, *places = places
-    _, scale, causal, window_size, softcap, slopes, _ = options
+    scale, causal, window_size, softcap = score
     if torch.is_grad_enabled():
         given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
-        given |= {"rotary_cos": cos, "rotary_sin": sin}
+        given |= {"rotary_cos": cos, "rotary_sin": sin, "s_aux": s_aux}
         checks.no_gradient("flash_attn_with_kvcache", given)
-    if _in_forward_mode(*(x for x in (q, k_cache, v_cache, k, v) if x is not None)):
+    if _in_forward_mode(*(x for x in (q, k_cache, v_cache, k, v, s_aux) if x is not None)):
         raise NotImplementedError("flash_attn_with_kvcache has no forward-mode derivative")
     on_device = isinstance(seqlens, Tensor)
     left, right = _window(window_size)
     score = scale, checks.flag("causal", causal), left, right, softcap
     options = (seqlens, None) if on_device else (None, seqlens)
-    options = *options, *places, slopes, *score, num_splits
+    options = *options, *places, slopes, s_aux, *score, num_splits
     if k is None and v is None:
         checks.rotary(cos, sin, None, None, 0)
         return OPERATORS.cache(q, k_cache, v_cache, *options)
@@ -510,7 +518,7 @@ def run_backward(
         seed = torch.tensor([seed])
     left, right = (-1 if limit is None else limit for limit in (problem.window_left, problem.window_right))
     score = problem.softmax_scale, False, left, right, problem.softcap
-    options = *given, x.alibi_slopes, seed, problem.dropout_p, *score, problem.deterministic
+    options = *given, x.alibi_slopes, x.s_aux, seed, problem.dropout_p, *score, problem.deterministic
     return OPERATORS.backward(dout, dlse, x.q, x.k, x.v, out, lse, *options)
 
 
@@ -530,10 +538,12 @@ def _window(window_size: Any) -> tuple[int, int]:
     return -1 if left is None else left, -1 if right is None else right
 
 
-def _refuse(**tensors: Tensor) -> None:
+def _refuse(*, s_aux: Tensor | None, **tensors: Tensor) -> None:
     """What no operator can take, by name, and what to do about it."""
     for name, x in tensors.items():
         checks.facts(name, x)
+    if s_aux is not None:
+        checks.facts("s_aux", s_aux)
     register_sharding()
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import checks
+from mini_flash_attention.block_mask import BlockMask
 from mini_flash_attention.checks import OUR_NAMES, STRIDED, Facts, Names, require
 from mini_flash_attention.kernels.calls import record
 from mini_flash_attention.scores.capture import Function, Scoring, built_in, capture
@@ -48,6 +49,8 @@ class Problem:
     alibi: bool = False  # the slopes themselves are an input
     score_mod: Function | None = None  # what they capture is an input, too
     mask_mod: Function | None = None
+    sparse: bool = False  # a BlockMask comes with it, whose mask is mask_mod
+    sinks: bool = False  # s_aux is an input, too
     dropout_p: float = 0.0
     deterministic: bool = False
     ragged: bool = False  # a Layout comes with it
@@ -76,7 +79,7 @@ class Problem:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no query or no key at all: out is 0, LSE -inf."""
+        """Whether there is no query or no key at all: out is 0, LSE that of the sinks, or -inf."""
         return 0 in (self.batch, self.seqlen_q, self.seqlen_k)
 
     @property
@@ -117,7 +120,9 @@ class Inputs(NamedTuple):
     alibi_slopes: Tensor | None = None
     seed: int | Tensor | None = None  # of dropout; a tensor (1) int64 on a GPU
     layout: Layout | None = None
+    s_aux: Tensor | None = None  # (heads_q), of any float dtype
     captured: tuple[float | int | Tensor, ...] = ()  # by score_mod, then by mask_mod
+    block_mask: BlockMask | None = None
 
 
 class CacheUpdate(NamedTuple):
@@ -137,7 +142,7 @@ class CacheUpdate(NamedTuple):
 
 # Arguments of the public functions that travel together, as the caller gave them. Plain tuples: each call
 # makes some, and a NamedTuple takes 0.3 µs more.
-Options = tuple  # dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
+Options = tuple  # dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux
 Lengths = tuple  # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k
 Places = tuple  # cache_seqlens, cache_batch_idx, cache_leftpad, block_table
 New = tuple  # k, v, rotary_cos, rotary_sin, rotary_interleaved
@@ -153,9 +158,14 @@ def dense(
 
     names: what the caller calls q, k, v and so on, for errors.
     """
-    slopes = options[5]
-    tensors = *_facts_of_three(q, k, v), None if slopes is None else checks.facts_of_alibi(slopes)
-    return _remembered(_dense, tensors, options, (), names), record(Inputs, (q, k, v, slopes, None, None, ()))
+    slopes, s_aux = options[5], options[7]
+    tensors = (
+        *_facts_of_three(q, k, v),
+        None if slopes is None else checks.facts_of_alibi(slopes),
+        None if s_aux is None else checks.facts("s_aux", s_aux),
+    )
+    problem = _remembered(_dense, tensors, options, (), names)
+    return problem, record(Inputs, (q, k, v, slopes, None, None, s_aux, (), None))
 
 
 def varlen(
@@ -169,7 +179,7 @@ def varlen(
 ) -> tuple[Problem, Inputs]:
     """A call of `flash_attn_varlen_func`, which documents arguments and errors; names as in `dense`."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k = lengths
-    alibi_slopes, facts = options[5], checks.facts
+    alibi_slopes, s_aux, facts = options[5], options[7], checks.facts
     three = _facts_of_three(q, k, v)
     checks.max_seqlen(names["max_seqlen_k"], max_seqlen_k)
     tensors = (
@@ -180,10 +190,12 @@ def varlen(
         None if block_table is None else facts("block_table", block_table),
         None if out is None else facts("out", out),
         None if alibi_slopes is None else checks.facts_of_alibi(alibi_slopes),
+        None if s_aux is None else facts("s_aux", s_aux),
     )
     longest = checks.max_seqlen(names["max_seqlen_q"], max_seqlen_q)
     if out is not None and torch.is_grad_enabled():
-        checks.no_gradient("out: attention into a given tensor", {"q": q, "k": k, "v": v, "out": out})
+        given = {"q": q, "k": k, "v": v, "s_aux": s_aux, "out": out}
+        checks.no_gradient("out: attention into a given tensor", given)
     problem = _remembered(_varlen, tensors, options, (longest,), names)
     if out is not None:
         checks.out_alone(out, {"q": q, "k": k, "v": v})
@@ -195,7 +207,7 @@ def varlen(
     layout = record(Layout, (cu_seqlens_q.contiguous(), packed_k, used, None, None, table, None))
     if checks.of_values(q) and problem.device.type != "meta":
         checks.values_of_varlen(problem, layout, lengths, len(k), names)
-    return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout, ()))
+    return problem, record(Inputs, (q, k, v, alibi_slopes, None, layout, s_aux, (), None))
 
 
 def cache(
@@ -213,7 +225,7 @@ def cache(
     """
     k, v, rotary_cos, rotary_sin, interleaved = new
     seqlens, batch_idx, leftpad, block_table = places
-    alibi_slopes, facts = options[5], checks.facts
+    alibi_slopes, s_aux, facts = options[5], options[7], checks.facts
     on_device = isinstance(seqlens, Tensor)
     on_host = not on_device and isinstance(seqlens, Integral)
     tensors = (
@@ -227,10 +239,11 @@ def cache(
         None if leftpad is None else facts("cache_leftpad", leftpad),
         None if block_table is None else facts("block_table", block_table),
         None if alibi_slopes is None else checks.facts_of_alibi(alibi_slopes),
+        None if s_aux is None else facts("s_aux", s_aux),
     )
     if torch.is_grad_enabled():
         given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
-        given |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+        given |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "s_aux": s_aux}
         checks.no_gradient("flash_attn_with_kvcache", given)
     problem = _remembered(_cache, tensors, options, (interleaved, num_splits), CACHE_NAMES)
     update = None
@@ -254,7 +267,7 @@ def cache(
     layout = record(Layout, layout)
     if checks.of_values(q):
         checks.values_of_cache(problem, layout, update, k_cache.shape)
-    return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout, ())), update
+    return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout, s_aux, (), None)), update
 
 
 def with_functions(
@@ -262,9 +275,13 @@ def with_functions(
     x: Inputs,
     score_mod: Callable[..., Any] | None,
     mask_mod: Callable[..., Any] | None,
+    block_mask: Any = None,
 ) -> tuple[Problem, Inputs]:
     """The same with functions of the scores, which `flash_attn_func` documents."""
     functions, captured = [], []
+    if block_mask is not None:
+        block_mask = checks.block_mask(problem, block_mask, mask_mod)
+        mask_mod = block_mask.as_mask_mod()
     for role, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         structure = None
         if function is not None:
@@ -275,8 +292,9 @@ def with_functions(
                 checks.captured(role, value, problem)
             captured += values
         functions.append(structure)
-    problem = replace(problem, score_mod=functions[0], mask_mod=functions[1])
-    return problem, x._replace(captured=tuple(captured))
+    sparse = block_mask is not None
+    problem = replace(problem, score_mod=functions[0], mask_mod=functions[1], sparse=sparse)
+    return problem, x._replace(captured=tuple(captured), block_mask=block_mask)
 
 
 def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -> tuple[tuple, tuple, tuple]:
@@ -293,8 +311,8 @@ def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -
 def _remembered(
     make: Callable[..., Problem], tensors: tuple, options: Options, more: tuple, names: Names
 ) -> Problem:
-    """make(tensors, *more, *options); the slopes are among the tensors, the window becomes two numbers."""
-    dropout_p, softmax_scale, causal, window_size, softcap, _, deterministic = options
+    """make(tensors, *more, *options); tensors: with slopes and sinks. The window becomes two numbers."""
+    dropout_p, softmax_scale, causal, window_size, softcap, _, deterministic, _ = options
     if type(window_size) is not tuple or len(window_size) != 2:
         window_size = checks.pair(window_size)
     left, right = window_size
@@ -310,7 +328,7 @@ def _remembered(
 # argument, so the facts of the tensors are one.
 @lru_cache(maxsize=1024, typed=True)
 def _dense(tensors: tuple, *options: object, names: Names = OUR_NAMES) -> Problem:
-    shapes, dtypes, devices, alibi = tensors
+    shapes, dtypes, devices, *features = tensors
     three = names["q"], names["k"], names["v"]
     for name, shape in zip(three, shapes, strict=True):
         checks.rank(name, shape, "batch, seqlen, heads, head_dim")
@@ -320,12 +338,12 @@ def _dense(tensors: tuple, *options: object, names: Names = OUR_NAMES) -> Proble
     require(batch == batch_k, f"{checks.every(three)} must have one batch size, {unlike}")
     checks.dtypes_and_devices(dtypes, devices, three)
     facts = Problem(dtypes[0], devices[0], batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, 1.0)
-    return _with_options(replace(facts, max_seqlen_q=seqlen_q), alibi, *options)
+    return _with_options(replace(facts, max_seqlen_q=seqlen_q), *features, *options)
 
 
 @lru_cache(maxsize=1024, typed=True)
 def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object, names: Names = OUR_NAMES) -> Problem:
-    shapes, dtypes, devices, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, alibi = tensors
+    shapes, dtypes, devices, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, *features = tensors
     q, k, _ = shapes
     device = devices[0]
     three = names["q"], names["k"], names["v"]
@@ -364,7 +382,7 @@ def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object, names: N
         page_size=page_size,
         max_seqlen_q=q[0] if max_seqlen_q is None else min(q[0], max_seqlen_q),
     )
-    return _with_options(facts, alibi, *options)
+    return _with_options(facts, *features, *options)
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -372,7 +390,7 @@ def _cache(
     tensors: tuple, interleaved: bool, num_splits: int, *options: object, names: Names = OUR_NAMES
 ) -> Problem:
     shapes, dtypes, devices, k, v, rotary_cos, rotary_sin, *others = tensors
-    cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi = others
+    cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *features = others
     three = names["q"], names["k"], names["v"]
     dims = "batch_cache, capacity" if block_table is None else "num_blocks, page_size"
     for name, shape, first in zip(three, shapes, ("batch, seqlen_q", dims, dims), strict=True):
@@ -405,7 +423,7 @@ def _cache(
     )
     # A window decides at which positions several queries are rotated, even where it hides no key.
     keep_window = rotary_cos is not None and q[1] > 1
-    return _with_options(facts, alibi, *options, keep_window=keep_window)
+    return _with_options(facts, *features, *options, keep_window=keep_window)
 
 
 def _page_size(name: str, pages: torch.Size) -> int:
@@ -417,6 +435,7 @@ def _page_size(name: str, pages: torch.Size) -> int:
 def _with_options(
     problem: Problem,
     alibi: Facts | None,
+    s_aux: Facts | None,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -428,6 +447,7 @@ def _with_options(
 ) -> Problem:
     """The problem with the options that all functions share, checked and in their normal form."""
     checks.alibi(alibi, problem.batch, problem.heads_q, problem.device)
+    checks.sinks(s_aux, problem.heads_q, problem.device)
     compute = torch.float64 if problem.dtype == torch.float64 else torch.float32
     dropout_p = checks.probability("dropout_p", dropout_p, compute)
     left = checks.limit("left", window_left)
@@ -451,6 +471,7 @@ def _with_options(
         window_right=right,
         softcap=max(0.0, checks.number("softcap", softcap, compute)),
         alibi=alibi is not None,
+        sinks=s_aux is not None,
         dropout_p=dropout_p,
         deterministic=checks.flag("deterministic", deterministic),
     )

@@ -22,11 +22,12 @@ def attention(
     score_mod: Callable[..., Tensor] | None = None,
     mask_mod: Callable[..., Tensor] | None = None,
     first: int = 0,
+    s_aux: Tensor | None = None,
     dropout_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(QK^T)V (Vaswani et al. 2017, section 3.2.1), differentiable in q, k and v.
+    """softmax(QK^T)V (Vaswani et al. 2017, section 3.2.1), differentiable in q, k, v and s_aux.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim).
@@ -41,14 +42,16 @@ def attention(
             tensors that broadcast to (batch, heads_q, seqlen_q, seqlen_k).
         mask_mod: mask_mod(batch, head, q_idx, kv_idx) returns whether a query sees a key.
         first: the batch of the first sequence, for these two.
+        s_aux: (heads_q,): sinks, one more score of each row, as it is, whose value is 0.
         dropout_mask: bool (batch, heads_q, seqlen_q, seqlen_k), True where a probability is kept.
         dropout_p: those kept are divided by 1 - dropout_p.
         dtype: of the whole computation and of the results; that of q by default.
 
     Returns:
         out: (batch, seqlen_q, heads_q, head_dim).
-        lse: (batch, heads_q, seqlen_q), natural log-sum-exp of the scores, before dropout.
-        A row that sees no key has out 0, lse -inf, and gives no gradient.
+        lse: (batch, heads_q, seqlen_q), natural log-sum-exp of the scores, the sink's among them, before
+            dropout.
+        A row that sees no key has out 0, lse -inf or the sink, and gives q, k and v no gradient.
     """
     dtype = dtype or q.dtype
     group = q.shape[2] // k.shape[2]
@@ -73,10 +76,15 @@ def attention(
     if mask_mod is not None:
         hidden = hidden | ~torch.as_tensor(mask_mod(*place), device=q.device)
     hidden = hidden.expand(scores.shape)
+    if s_aux is not None:  # the last column, dropped below, as its value is 0
+        sinks = s_aux.to(dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)
+        hidden = torch.cat((hidden.expand_as(scores), sinks == float("-inf")), dim=-1)
+        scores = torch.cat((scores, sinks), dim=-1)
     scores = scores.masked_fill(hidden, float("-inf"))
 
     lse = torch.logsumexp(scores, dim=-1)
     probabilities = torch.softmax(scores, dim=-1).masked_fill(hidden, 0)  # NaN in rows without keys
+    probabilities = probabilities[..., : k.shape[2]]
     if dropout_mask is not None:
         probabilities = probabilities * dropout_mask / (1 - dropout_p)
     return (probabilities @ v).transpose(1, 2), lse

@@ -33,7 +33,7 @@ def check_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, **o
 
 
 def check_gradients(
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, ...],
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -41,12 +41,16 @@ def check_gradients(
     v: Tensor,
     **options: Any,
 ) -> None:
-    """Assert that (dq, dk, dv) are right; `options` are those of reference.attention."""
+    """Assert that (dq, dk, dv), perhaps ds_aux, are right; `options` are those of reference.attention."""
     ref = _reference_gradients(_wide(q.dtype), dout, dlse, q, k, v, **options)
     low = _reference_gradients(q.dtype, dout, dlse, q, k, v, **options)
-    for name, x, got, r, lo in zip(("dq", "dk", "dv"), (q, k, v), gradients, ref, low, strict=True):
+    given = q, k, v, options.get("s_aux")
+    for name, x, got in zip(("dq", "dk", "dv", "ds_aux"), given, gradients, strict=False):
         assert got.shape == x.shape and got.dtype == x.dtype, (name, got.shape, got.dtype)
+    for name, got, r, lo in zip(("dq", "dk", "dv"), gradients, ref, low, strict=False):
         assert_by_rule(name, got, r, lo)
+    if len(gradients) == 4:
+        _assert_ds_aux(gradients[3], ref[3], dout, dlse, q, k, v, **options)
 
 
 def reference_options(options: dict[str, Any], b: int | None = None) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def reference_options(options: dict[str, Any], b: int | None = None) -> dict[str
     left, right = options.get("window_size", (-1, -1))
     right = 0 if options.get("causal") else right
     limits = {"window_left": left, "window_right": right}
-    rest = {name: options[name] for name in ("softmax_scale", "softcap") if name in options}
+    rest = {name: options[name] for name in ("softmax_scale", "softcap", "s_aux") if name in options}
     slopes = options.get("alibi_slopes")
     if slopes is not None:
         rest["alibi_slopes"] = slopes if b is None or slopes.ndim == 1 else slopes[b]
@@ -96,6 +100,26 @@ def assert_lse(lse: Tensor, ref: Tensor) -> None:
     assert error <= allowed, f"lse: largest error {error:.3g} (allowed {allowed:.3g})"
 
 
+def _assert_ds_aux(
+    ds_aux: Tensor, ref: Tensor, dout: Tensor, dlse: Tensor | None, q: Tensor, *others: Tensor, **options: Any
+) -> None:
+    """Assert that it is right to some roundings of the products that it is a sum of, and of the LSE.
+
+    It has too few elements for the rule, in which the luck of one would decide.
+    """
+    with torch.no_grad():
+        out, lse = attention(q, *others, dtype=ref.dtype, **options)
+    P = (options["s_aux"].to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
+    products = P.unsqueeze(-1) * (dout * out).transpose(1, 2)
+    size = products.square().sum((0, 2, 3)).sqrt() + ref.abs()
+    if dlse is not None:
+        size += (P * dlse).masked_fill(lse == -torch.inf, 0).square().sum((0, 2)).sqrt()
+    size = size * max(1, lse[lse.isfinite()].abs().max().item() if lse.isfinite().any() else 1)
+    eps = ROUNDINGS.get(q.dtype, 4) * torch.finfo(q.dtype).eps
+    error, allowed = (ds_aux - ref).abs(), eps * size + torch.finfo(ds_aux.dtype).eps * ref.abs()
+    assert (error <= allowed).all(), f"ds_aux: errors {error.tolist()} (allowed {allowed.tolist()})"
+
+
 def _reference_gradients(
     dtype: torch.dtype,
     dout: Tensor,
@@ -105,9 +129,12 @@ def _reference_gradients(
     v: Tensor,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    """dq, dk, dv, and ds_aux if s_aux is among the options."""
+    s_aux = options.pop("s_aux", None)
+    given = (q, k, v) if s_aux is None else (q, k, v, s_aux)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in given]
     with torch.enable_grad():
-        out, lse = attention(*inputs, **options)
+        out, lse = attention(*inputs[:3], s_aux=None if s_aux is None else inputs[3], **options)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.to(dtype)
     return torch.autograd.grad((out, lse), inputs, (dout.to(dtype), dlse))
 

@@ -75,7 +75,7 @@ def definition(name: str, parameters: list[inspect.Parameter], returned: str) ->
 def written(annotation: Any) -> str:
     """As in the source: without the modules of the names."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return re.sub(r"\b(collections\.abc|torch|typing)\.", "", text)
+    return re.sub(r"\b(collections\.abc|mini_flash_attention\.block_mask|torch|typing)\.", "", text)
 
 
 if __name__ == "__main__":

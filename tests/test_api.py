@@ -29,7 +29,7 @@ from mini_flash_attention import (
 
 OPTIONS = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
-    "alibi_slopes=None, deterministic=False, return_attn_probs=False"
+    "alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None"
 )
 
 
@@ -56,12 +56,13 @@ def test_signatures_are_those_of_flash_attn() -> None:
         return str(shown).removeprefix("(").removesuffix(")")
 
     functions = "score_mod=None, mask_mod=None"
-    assert signature(flash_attn_func) == f"q, k, v, {OPTIONS}, *, {functions}"
+    assert signature(flash_attn_func) == f"q, k, v, {OPTIONS}, {functions}, block_mask=None"
     assert signature(flash_attn_qkvpacked_func) == f"qkv, {OPTIONS}"
     assert signature(flash_attn_kvpacked_func) == f"q, kv, {OPTIONS}"
     lengths = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
     assert signature(flash_attn_varlen_func) == (
-        f"q, k, v, {lengths}, {OPTIONS}, block_table=None, *, seqused_k=None, out=None, {functions}"
+        f"q, k, v, {lengths}, {OPTIONS.partition(', *')[0]}, "
+        f"block_table=None, *, seqused_k=None, out=None, s_aux=None, {functions}"
     )
     assert signature(flash_attn_varlen_qkvpacked_func) == f"qkv, cu_seqlens, max_seqlen, {OPTIONS}"
     assert signature(flash_attn_varlen_kvpacked_func) == f"q, kv, {lengths}, {OPTIONS}"
@@ -69,7 +70,7 @@ def test_signatures_are_those_of_flash_attn() -> None:
         "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
         "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
         "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
-        f"return_softmax_lse=False, *, {functions}"
+        f"return_softmax_lse=False, *, s_aux=None, {functions}"
     )
     assert signature(unpad_input) == "hidden_states, attention_mask, unused_mask=None"
     assert signature(pad_input) == "hidden_states, indices, batch, seqlen"
@@ -104,7 +105,7 @@ def test_what_is_returned(dtype) -> None:
 
 def test_options_reach_the_computation() -> None:
     q, k, v = inputs()
-    slopes = torch.rand(2, 4)
+    slopes, sinks = torch.rand(2, 4), torch.randn(4)
     out, lse, _ = flash_attn_func(
         q,
         k,
@@ -115,6 +116,7 @@ def test_options_reach_the_computation() -> None:
         softcap=1.5,
         alibi_slopes=slopes,
         return_attn_probs=True,
+        s_aux=sinks,
     )
     expected = reference.attention(
         q,
@@ -125,6 +127,7 @@ def test_options_reach_the_computation() -> None:
         window_right=0,
         softcap=1.5,
         alibi_slopes=slopes,
+        s_aux=sinks,
     )
     torch.testing.assert_close((out, lse), expected)
 

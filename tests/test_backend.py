@@ -111,7 +111,12 @@ class Kernel:
         assert all(x.shape[3] % 8 == 0 for x in tensors)
         assert call.score.scale > 0
         out, lse = reference.attention(
-            call.mQ, call.mK, call.mV, softmax_scale=call.score.scale, dtype=torch.float32
+            call.mQ,
+            call.mK,
+            call.mV,
+            softmax_scale=call.score.scale,
+            s_aux=call.sinks,
+            dtype=torch.float32,
         )
         call.mO.copy_(out)
         call.mLSE.copy_(lse)
@@ -146,6 +151,19 @@ def test_head_dims_are_padded_to_chunks(kernel: Kernel, head_dim: int) -> None:
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])
 def test_the_kernel_sees_positive_scales(kernel: Kernel, scale: float) -> None:
     check(kernel, *tensors(40), softmax_scale=scale)
+
+
+def test_the_kernel_is_given_sinks_in_float32(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, get = [], compile.get
+    monkeypatch.setattr(compile, "get", lambda row: rows.append(row) or get(row))
+    sinks = torch.randn(4)
+    for given in (sinks[:2], sinks[::2], sinks[:1].expand(2), torch._neg_view(sinks[:2]), sinks[:2].half()):
+        check(kernel, *tensors(40), s_aux=given)
+        passed = kernel.calls[-1].sinks
+        assert passed.is_contiguous() and not passed.is_neg() and passed.equal(given.float())
+        assert rows[-1].sinks
+    check(kernel, *tensors(40))
+    assert kernel.calls[-1].sinks is None and not rows[-1].sinks
 
 
 def test_only_what_cannot_be_read_in_place_is_copied(kernel: Kernel) -> None:
@@ -185,6 +203,9 @@ def test_without_keys_nothing_is_launched(kernel: Kernel) -> None:
     q, k, v = tensors(64)
     out, lse, _ = flash_attn_func(q, k[:, :0], v[:, :0], return_attn_probs=True)
     assert not kernel.calls and not out.any() and (lse == -torch.inf).all()
+    sinks = torch.randn(2)
+    out, lse, _ = flash_attn_func(q, k[:, :0], v[:, :0], return_attn_probs=True, s_aux=sinks)
+    assert not kernel.calls and not out.any() and lse.equal(sinks[:, None].expand_as(lse))
 
 
 def test_windows_become_numbers(kernel: Kernel) -> None:

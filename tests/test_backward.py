@@ -43,9 +43,12 @@ def inputs(
 def check(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, ...]:
+    """The gradients, of the sinks too if they require one."""
     out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
-    outputs = (out,) if dlse is None else (out, lse)
-    gradients = torch.autograd.grad(outputs, (q, k, v), (dout, dlse)[: len(outputs)])
+    outputs, leaves, sinks = (out,) if dlse is None else (out, lse), (q, k, v), options.get("s_aux")
+    if sinks is not None and sinks.requires_grad:
+        leaves = (*leaves, sinks)
+    gradients = torch.autograd.grad(outputs, leaves, (dout, dlse)[: len(outputs)])
     check_gradients(gradients, dout, dlse, q, k, v, **reference_options(options))
     return gradients
 
@@ -116,6 +119,30 @@ def test_score_functions(path: str, head_dim: int, options: dict) -> None:
     slopes = torch.tensor([0.3, 0.05, 0.01, 0.2], device="cuda")
     for score in ({"softcap": 5.0}, {"alibi_slopes": slopes}, {"softcap": 5.0, "alibi_slopes": slopes}):
         check(*inputs(200, 333, 4, 2, head_dim=head_dim), **options, **score)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("options", [*MASKS[:3], {"softcap": 5.0}], ids=str)
+def test_sinks(path: str, head_dim: int, options: dict) -> None:
+    """Of rows that see no key too, whose LSE is finite then: their P must be 0 all the same."""
+    sinks = torch.tensor([1.0, -2.0, 12.0, -torch.inf], device="cuda", requires_grad=True)
+    for lengths in ((200, 333), (333, 200), (1, 50)):
+        tensors, dlse = (
+            inputs(*lengths, 4, 2, head_dim=head_dim),
+            torch.randn(2, 4, lengths[0], device="cuda"),
+        )
+        dlse[:, 3] = 0  # rows without keys have an LSE of -inf there, and the oracle no gradient
+        check(*tensors, **options, s_aux=sinks)
+        check(*tensors, dlse, **options, s_aux=sinks)
+        check(*tensors, **options, s_aux=sinks.detach().bfloat16().requires_grad_())
+
+
+def test_sinks_alone_learn(path: str) -> None:
+    q, k, v, dout = inputs(100, 130, 4, 2)
+    sinks = torch.randn(4, device="cuda", requires_grad=True)
+    every = torch.autograd.grad(flash_attn_func(q, k, v, s_aux=sinks), (q, k, v, sinks), dout)
+    out = flash_attn_func(*(x.detach() for x in (q, k, v)), s_aux=sinks)
+    assert torch.equal(torch.autograd.grad(out, sinks, dout)[0], every[3])
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])

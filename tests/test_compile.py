@@ -25,9 +25,8 @@ from mini_flash_attention.scores.capture import Scoring, built_in, capture
 
 ARCHS = ("sm_80", "sm_90a", "sm_120a")
 OURS = Scoring(map(built_in, ("softcap", "alibi")))
-USERS = Scoring(
-    capture(role, f)[0] for role, f in (("score_mod", scaled_and_biased), ("mask_mod", same_document))
-)
+BIASED = capture("score_mod", scaled_and_biased)[0]
+MASKED = capture("mask_mod", same_document)[0]
 
 
 def features(arch: str) -> Iterator[KernelConfig]:
@@ -38,18 +37,22 @@ def features(arch: str) -> Iterator[KernelConfig]:
             page = config.SM90_PAGES[i % 3] if path == "sm90" else 1
             for mask in config.MASKS:
                 yield config.forward(*call[:-1], mask, ragged=True, score=OURS)
-            for mask in config.MASKS if head_dim == 128 else (call[-1],):
-                yield config.forward(*call[:-1], mask, score=USERS)
+                yield config.forward(*call[:-1], mask, sinks=True)
+            for function in (BIASED, MASKED):
+                yield config.forward(*call, score=Scoring((function,)))
             yield config.forward(*call, ragged=True, page=page)
+            yield config.forward(*call, ragged=True, page=page, sinks=True)
             yield config.forward(*call, dropout=True)
             yield config.backward(*call, deterministic=True)
             yield config.backward(*call, deterministic=path == "sm80", ragged=True, score=OURS)
-            yield config.backward(*call, score=USERS)
+            yield config.backward(*call, score=Scoring((BIASED, MASKED)))
             yield config.backward(*call, ragged=True, dropout=True)
     for head_dim in config.HEAD_DIMS:
         for rows in (16, 64):
-            for score in (OURS, USERS):
-                yield config.decode(arch, "float16", head_dim, rows, score, page=1)
+            yield config.decode(arch, "float16", head_dim, rows, OURS, page=1)
+            yield config.decode(arch, "float16", head_dim, rows, Scoring((BIASED,)), page=1)
+            yield config.decode(arch, "float16", head_dim, rows, Scoring((MASKED,)))
+            yield config.decode(arch, "bfloat16", head_dim, rows, sinks=True)
 
 
 CONFIGS = [
@@ -73,11 +76,14 @@ KERNELS = {
 }  # of a library
 
 
+NAMES = {BIASED: "biased", MASKED: "masked"}
+
+
 def label(row: KernelConfig) -> str:
     facts = {name: getattr(row, name, None) for name in ("dtype", "head_dim", "tile_m", "mask")}
-    facts["score"] = "functions" if getattr(row, "score", None) == USERS else getattr(row, "score", None)
+    facts["score"] = "_".join(NAMES.get(function, repr(function)) for function in getattr(row, "score", ()))
     facts |= {name: getattr(row, name, None) for name in ("rotary", "page")}
-    flags = [name for name in ("ragged", "dropout", "deterministic") if getattr(row, name, False)]
+    flags = [name for name in ("ragged", "dropout", "deterministic", "sinks") if getattr(row, name, False)]
     return "-".join([row.kernel, row.arch, *(str(fact) for fact in facts.values() if fact), *flags])
 
 

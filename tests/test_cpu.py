@@ -10,7 +10,7 @@ import torch
 from error_rule import check_forward, check_gradients
 from torch import Tensor
 
-from mini_flash_attention import cpu, flash_attn_func
+from mini_flash_attention import cpu, flash_attn_func, sinks
 from mini_flash_attention.philox import keep_mask
 from mini_flash_attention.problem import Inputs, Problem, dense
 
@@ -42,18 +42,19 @@ def inputs(
 def problem_of(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Problem:
     window = (options.get("window_left"), options.get("window_right"))
     numbers = options.get("dropout_p", 0.0), options.get("softmax_scale"), False, window
-    rest = options.get("softcap", 0.0), options.get("alibi_slopes"), False
+    rest = options.get("softcap", 0.0), options.get("alibi_slopes"), False, options.get("s_aux")
     return dense(q, k, v, (*numbers, *rest))[0]
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, **options: Any
 ) -> tuple[Tensor, ...]:
-    """out, lse, dq, dk, dv of the CPU backend; the options are those of reference.attention."""
-    problem, slopes = problem_of(q, k, v, **options), options.get("alibi_slopes")
-    x = Inputs(q, k, v, slopes, SEED)
+    """out, lse, dq, dk, dv, perhaps ds_aux, of the CPU; the options are those of reference.attention."""
+    problem, slopes, s_aux = problem_of(q, k, v, **options), options.get("alibi_slopes"), options.get("s_aux")
+    x = Inputs(q, k, v, slopes, SEED, s_aux=s_aux)
     out, lse = cpu.forward(problem, x)
-    return out, lse, *cpu.backward(problem, x, out, lse, dout, dlse)
+    of_sinks = () if s_aux is None else (sinks.gradient(s_aux, out, lse, dout, dlse),)
+    return out, lse, *cpu.backward(problem, x, out, lse, dout, dlse), *of_sinks
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, **options: Any) -> None:
@@ -111,6 +112,37 @@ def test_gqa_ratios(group: int, heads_k: int) -> None:
         check(*tensors, window_left=left, window_right=3, alibi_slopes=torch.rand(group * heads_k))
 
 
+SINKS = [
+    torch.tensor([-1.0, 0.5, 2.0, 4.0]),
+    torch.tensor([50.0, -50.0, 1e4, -1e4]),
+    torch.tensor([-torch.inf, 3.0, -torch.inf, 0.0]),
+    torch.tensor([-1.0, 0.5, 2.0, 4.0], dtype=torch.bfloat16),
+    torch.tensor([1.0, -2.0, 30.0, 0.0], dtype=torch.float16),
+]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.17])
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (20, 4)], ids=str)
+@pytest.mark.parametrize("s_aux", SINKS, ids=str)
+def test_sinks(s_aux: Tensor, window: tuple[int | None, int | None], dropout_p: float) -> None:
+    """More queries than keys: with a mask the first ones see none, so that the LSE is the sink."""
+    limits = dict(zip(("window_left", "window_right"), window, strict=True))
+    slopes = torch.rand(4)
+    for dtype, heads_k, score in zip(DTYPES, (1, 2, 4, 2), (True, False, True, True), strict=True):
+        features = dict(softcap=2.0, alibi_slopes=slopes) if score else {}
+        tensors = inputs(2, 61, 50, 4, heads_k, 16, dtype)
+        check(*tensors, **limits, **features, s_aux=s_aux, dropout_p=dropout_p)
+
+
+def test_a_sink_that_is_not_there() -> None:
+    tensors = inputs(dtype=torch.float64)
+    without, least = attend(*tensors), attend(*tensors, s_aux=torch.full((2,), -torch.inf))
+    for x, y in zip(without, least, strict=False):
+        torch.testing.assert_close(x, y)
+    assert not least[-1].any()
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.17, 0.8])
 @pytest.mark.parametrize("alibi", [None, (4,), (2, 4)], ids=str)
@@ -160,13 +192,14 @@ def test_numerical_gradients(dropout_p: float, monkeypatch: pytest.MonkeyPatch) 
     q, k, v = (x.requires_grad_() for x in inputs(1, 5, 7, 4, 2, 3, torch.float64)[:3])
     slopes = torch.rand(4)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)  # the same dropout in each evaluation
-        return flash_attn_func(q, k, v, dropout_p, None, False, (3, 1), 1.5, slopes, return_attn_probs=True)[
-            :2
-        ]
+        options = dropout_p, None, False, (3, 1), 1.5, slopes
+        return flash_attn_func(q, k, v, *options, return_attn_probs=True, s_aux=sinks)[:2]
 
     assert torch.autograd.gradcheck(attention, (q, k, v))
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(attention, (q, k, v, sinks), check_forward_ad=dropout_p == 0)
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (7, 5), (16, 64), (128, 4), (256, 256)], ids=str)

@@ -329,12 +329,13 @@ class Kernels:
             assert call.num_splits > 1 and len(call.counters) >= tiles and not call.counters.any()
         window = {"window_left": call.window_left, "window_right": call.window_right}
         options = {"softmax_scale": scale, "softcap": softcap, "alibi": slopes is not None}
+        options["sinks"] = call.sinks is not None
         problem, layout = self.problem(q, k, call.ragged, **window, **options)
         used = layout.keys if layout.seqused_k is None else layout.seqused_k
         used = torch.zeros(problem.batch, dtype=torch.int32) + used + call.ragged.added
         if problem.packed_q:
             q = q.squeeze(0)
-        x = Inputs(q, k, call.mV, slopes, None, layout._replace(seqused_k=used, keys=None))
+        x = Inputs(q, k, call.mV, slopes, None, layout._replace(seqused_k=used, keys=None), call.sinks)
         expected, expected_lse = cpu.forward(problem, x)
         out.copy_(expected.view_as(out))
         lse.copy_(expected_lse.view_as(lse))
@@ -410,6 +411,8 @@ def check(
         {"window_size": (5, 2), "seqlen_q": 4, "num_splits": 3},
         {"softcap": 2.0, "alibi_slopes": torch.arange(4) / 5},
         {"alibi_slopes": torch.arange(12).view(3, 4) / 13},
+        {"s_aux": torch.tensor([0.5, -3.0, 20.0, 1.0]), "num_splits": 2},
+        {"s_aux": torch.tensor([0.5, -3.0, 20.0, 1.0]).bfloat16()},
         {"heads": (6, 1), "softmax_scale": -0.3},
         {"head_dim": 59, "softmax_scale": 0.0, "num_splits": 2},
         {"cache_batch_idx": torch.tensor([2, 0, 1], dtype=torch.int32)},

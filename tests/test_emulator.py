@@ -2,7 +2,9 @@
 with a barrier or a wait taken out."""
 
 import dataclasses
+import functools
 import importlib.util
+import operator
 import re
 
 import pytest
@@ -24,6 +26,7 @@ from error_rule import check_forward, check_gradients
 from score_functions import functions
 from torch import Tensor
 
+from mini_flash_attention import create_block_mask
 from mini_flash_attention.gpu import config
 from mini_flash_attention.reference import attention
 
@@ -215,6 +218,7 @@ SM80 = {"path": "sm80", "arch": "sm_80"}
 SM80_ON_SM90 = {"path": "sm80", "arch": "sm_90a"}
 SM90 = {"path": "sm90", "arch": "sm_90a"}
 CAUSAL, WINDOW = (None, 0), (30, 10)
+SINKS = torch.tensor([1.0, 12.0])
 DROPOUT = (123456789, 0.2)
 
 
@@ -243,8 +247,10 @@ FORWARD = {
         {"window": WINDOW, "softcap": 5.0, "slopes": torch.tensor([[0.5, 0.25]])},
     ),
     "sm80-dropout": (SM80 | {"d": 128}, {"dropout": DROPOUT}),
+    "sm80-sinks": (SM80 | {"d": 64}, {"window": WINDOW, "sinks": SINKS, "softcap": 5.0}),
     "sm90": (SM90 | {"d": 64}, {"window": CAUSAL}),
     "sm90-128": (SM90 | {"d": 128}, {}),
+    "sm90-sinks": (SM90 | {"d": 64}, {"window": CAUSAL, "sinks": SINKS}),
     "sm90-scores": (
         SM90 | {"d": 96, "dtype": torch.float16},
         {"window": CAUSAL, "softcap": 5.0, "slopes": torch.tensor([[0.5, 0.25]])},
@@ -263,9 +269,39 @@ def test_forward(name: str) -> None:
     case, changes = FORWARD[name]
     options = Options(**changes)
     q, k, v = dense(case, sq=200, sk=270)
-    row = row_of(config.forward, case, options)
+    row = row_of(config.forward, case, options, sinks=options.sinks is not None)
     out, lse = kernels.forward(row, q, k, v, options, num_sms=1)
     check_forward(out, lse, q, k, v, **options.reference(q, k))
+
+
+def with_blocks(batch: int, heads: int, seqlen_q: int, seqlen_k: int, *names: str) -> dict:
+    """Functions, with the blocks of their mask."""
+    given = functools.reduce(
+        operator.or_, (functions(name, batch, heads, max(seqlen_q, seqlen_k)) for name in names)
+    )
+    sizes = batch, heads, seqlen_q, seqlen_k
+    return given | {"block_mask": create_block_mask(given["mask_mod"], *sizes)}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "d, names", [(64, ("documents",)), (128, ("late", "relative_bias")), (192, ("sink_window",))]
+)
+def test_block_mask(d: int, names: tuple[str, ...]) -> None:
+    """Forward and backward, whose blocks are none, partial and full; heads share a key head."""
+    case, sizes = SM90 | {"d": d}, (300, 520)
+    options = Options(**with_blocks(1, 2, *sizes, *names))
+    q, k, v = dense(case, sq=sizes[0], sk=sizes[1])
+    out, lse = kernels.forward(
+        row_of(config.forward, case, options, sparse=True), q, k, v, options, num_sms=1
+    )
+    check_forward(out, lse, q, k, v, **options.reference(q, k))
+    out, lse = attention(q, k, v, **options.reference(q, k), dtype=torch.float32)
+    out, dout = out.to(q.dtype), random(*out.shape, dtype=q.dtype)
+    row = row_of(config.backward, case, options, sparse=True)
+    gradients = kernels.backward(row, q, k, v, out, dout, lse, None, options, num_sms=1, heads_per_tile=2)
+    check_gradients(gradients, dout, None, q, k, v, **options.reference(q, k))
 
 
 LENGTHS_Q, LENGTHS_K = (100, 0, 30, 5), (150, 20, 40, 0)
@@ -274,20 +310,20 @@ LENGTHS_Q, LENGTHS_K = (100, 0, 30, 5), (150, 20, 40, 0)
 @pytest.mark.full
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "case, page, page_size, window",
+    "case, page, page_size, window, sinks",
     [
-        (SM80 | {"d": 64}, 0, 0, CAUSAL),
-        (SM80 | {"d": 64}, 1, 20, WINDOW),
-        (SM90 | {"d": 64}, 0, 0, WINDOW),
-        (SM90 | {"d": 128}, 8, 24, CAUSAL),
+        (SM80 | {"d": 64}, 0, 0, CAUSAL, torch.tensor([-torch.inf, -3.0])),
+        (SM80 | {"d": 64}, 1, 20, WINDOW, None),
+        (SM90 | {"d": 64}, 0, 0, WINDOW, None),
+        (SM90 | {"d": 128}, 8, 24, CAUSAL, torch.tensor([50.0, -1e4])),
     ],
 )
-def test_ragged_forward(case: dict, page: int, page_size: int, window: tuple) -> None:
+def test_ragged_forward(case: dict, page: int, page_size: int, window: tuple, sinks: Tensor | None) -> None:
     """Packed queries; packed keys, or pages. Rows and pages of nobody hold NaN."""
-    options = Options(window=window)
+    options = Options(window=window, sinks=sinks)
     cu_q, cu_k = (integers(0, *torch.tensor(x).cumsum(0)) for x in (LENGTHS_Q, LENGTHS_K))
     q, k, v = dense(case, sq=int(cu_q[-1]) + 7, sk=int(cu_k[-1]))
-    row = row_of(config.forward, case, options, ragged=True, page=page)
+    row = row_of(config.forward, case, options, ragged=True, page=page, sinks=sinks is not None)
     batch = {"batch": len(LENGTHS_Q), "longest": max(LENGTHS_Q)}
     if page:
         table = page_table(LENGTHS_K, page_size)
@@ -329,7 +365,9 @@ def to_pages(x: Tensor, cu_seqlens: Tensor, table: Tensor, page_size: int) -> Te
 BACKWARD = {
     "sm80": (SM80 | {"d": 64}, {"window": CAUSAL}, {}),
     "sm80-dropout": (SM80_ON_SM90 | {"d": 128}, {"dropout": DROPOUT}, {}),
+    "sm80-sinks": (SM80 | {"d": 64}, {"window": WINDOW, "sinks": SINKS}, {}),
     "sm90": (SM90 | {"d": 64}, {"window": CAUSAL}, {}),
+    "sm90-sinks": (SM90 | {"d": 64}, {"window": CAUSAL, "sinks": SINKS}, {}),
     "sm90-dropout": (SM90 | {"d": 128}, {"window": WINDOW, "dropout": DROPOUT}, {}),
     "sm90-wide": (SM90 | {"d": 256, "dtype": torch.float16}, {"window": CAUSAL}, {"deterministic": True}),
     "sm90-scores": (
@@ -353,7 +391,7 @@ BACKWARD = {
 def test_backward(name: str) -> None:
     case, changes, features = BACKWARD[name]
     options = Options(**changes)
-    q, k, v = dense(case, sq=140, sk=200)
+    q, k, v = dense(case, sq=140, sk=200 if options.sinks is None else 60)  # with sinks: rows without keys
     out, lse = attention(q, k, v, **options.reference(q, k), dtype=torch.float32)
     out, dout, dlse = out.to(q.dtype), random(*out.shape, dtype=q.dtype), torch.randn_like(lse)
     row = row_of(config.backward, case, options, **features)
@@ -410,17 +448,24 @@ def test_ragged_backward(case: dict, options: Options, features: dict) -> None:
         ("sm_80", 1, 4, 16, ((1, False), (3, True), (3, False)), Options()),
         ("sm_90a", 5, 8, 0, ((2, False),), Options(WINDOW, softcap=5.0, slopes=torch.rand(3, 8))),
         ("sm_80", 5, 8, 0, ((2, False),), Options(**functions("awkward", 3, 8, 300))),
+        (
+            "sm_90a",
+            1,
+            4,
+            0,
+            ((1, False), (3, True), (3, False)),
+            Options(CAUSAL, sinks=torch.tensor([0.5, 50.0, -torch.inf, 3.0])),
+        ),
     ],
-    ids=("paged", "scores", "functions"),
+    ids=("paged", "scores", "functions", "sinks"),
 )
 def test_decode(arch: str, tokens: int, heads: int, page_size: int, merges: tuple, options: Options) -> None:
     """A sequence without keys among others, some with fewer blocks of keys than splits."""
     lengths, heads_k = (300, 20, 0), 2
     q = random(3, tokens, heads, 64)
     k, v = (random(3, 300, heads_k, 64) for _ in range(2))
-    row = config.decode(
-        arch, "bfloat16", 64, tokens * heads // heads_k, options.score, page=int(page_size > 0)
-    )
+    features = options.score, int(page_size > 0), options.sinks is not None
+    row = config.decode(arch, "bfloat16", 64, tokens * heads // heads_k, *features)
     stored, table = [k, v], None
     if page_size:
         table, cu_k = page_table(lengths, page_size), integers(0, *torch.tensor(lengths).cumsum(0))

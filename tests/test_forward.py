@@ -97,6 +97,29 @@ def test_few_queries_are_decoded(path: str, head_dim: int, options: dict) -> Non
             check(*inputs(*lengths, *heads, head_dim=head_dim), **options)
 
 
+@pytest.mark.parametrize("decoding", [False, True], indirect=True, ids=["", "decode"])
+@pytest.mark.parametrize("options", [FULL, CAUSAL, WINDOWS[0], {"causal": True, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_sinks(path: str, head_dim: int, options: dict) -> None:
+    """Usual ones, some far above and far below all scores, none; in every dtype."""
+    sinks = torch.tensor([1.0, -2.0, 50.0, -1e4, -torch.inf, 12.0], device="cuda")
+    for lengths, dtype in (
+        ((200, 333), torch.float32),
+        ((1500, 1300), torch.bfloat16),  # some rows see no key
+        ((5, 1000), torch.float16),
+        ((1, 50), torch.float32),
+    ):
+        tensors = inputs(*lengths, 6, 2, head_dim=head_dim, dtype=torch.float16)
+        check(*tensors, **options, s_aux=sinks.to(dtype))
+
+
+def test_sinks_of_any_layout(path: str) -> None:
+    q, k, v = inputs(100, 130, 4, 4)
+    one, some = torch.tensor([2.0], device="cuda"), torch.randn(8, device="cuda")
+    for sinks in (one.expand(4), some[::2], torch._neg_view(some[:4]), some[4:].double()):
+        check(q, k, v, s_aux=sinks)
+
+
 @pytest.mark.parametrize("options", WINDOWS, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_windows(path: str, head_dim: int, options: dict) -> None:
@@ -145,6 +168,9 @@ def test_no_keys_or_no_queries(path: str) -> None:
         out, lse, _ = flash_attn_func(*inputs(*shape), return_attn_probs=True)
         assert out.shape == (2, shape[0], 2, 64) and not out.any()
         assert lse.shape == (2, 2, shape[0]) and (lse == -torch.inf).all()
+        sinks = torch.randn(2, device="cuda")
+        out, lse, _ = flash_attn_func(*inputs(*shape), return_attn_probs=True, s_aux=sinks)
+        assert not out.any() and torch.equal(lse, sinks[:, None].expand_as(lse))
     assert flash_attn_func(*inputs(5, 5, batch=0)).shape == (0, 5, 2, 64)
 
 
@@ -329,6 +355,15 @@ def test_dropout(path: str, head_dim: int, options: dict) -> None:
         out, lse, S_dmask = flash_attn_func(q, k, v, 0.2, return_attn_probs=True, **options)
         dropout = {"dropout_mask": ~S_dmask.signbit(), "dropout_p": 0.2}
         check_forward(out, lse, q, k, v, **reference_options(options), **dropout)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dropout_drops_no_sink(path: str, head_dim: int) -> None:
+    sinks = torch.randn(6, device="cuda")
+    q, k, v = inputs(200, 333, 6, 2, head_dim=head_dim)
+    out, lse, S_dmask = flash_attn_func(q, k, v, 0.2, causal=True, return_attn_probs=True, s_aux=sinks)
+    dropout = {"dropout_mask": ~S_dmask.signbit(), "dropout_p": 0.2}
+    check_forward(out, lse, q, k, v, window_right=0, s_aux=sinks, **dropout)
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.99, 1e-6, 1 - 1e-6])

@@ -31,6 +31,8 @@ OPTIONS = [
     {"alibi": "heads"},
     {"alibi": "batch", "causal": True},
     {"softmax_scale": 0.3, "window_size": (300, -1)},
+    {"sinks": True},
+    {"sinks": True, "alibi": "heads", "softcap": 5.0, "window_size": (30, 20)},
 ]
 LENGTHS = [0, 1, 255, 256, 300, 831]  # of the keys in the cache, new ones not included
 
@@ -157,6 +159,8 @@ def check(
     if kind := options.pop("alibi", None):
         shape = (heads[0],) if kind == "heads" else (batch, heads[0])
         options["alibi_slopes"] = torch.rand(shape, device=device) * 0.1
+    if options.pop("sinks", False):
+        options["s_aux"] = 2 * torch.randn(heads[0], device=device)
     arguments: dict[str, Any] = dict(zip("kv", new, strict=False))
     tables: list[Tensor] = []
     if rotary_dim:
@@ -266,6 +270,18 @@ def test_few_keys_in_a_large_cache(any_path: torch.device, num_splits: int) -> N
 def test_options(any_path: torch.device, seqlen_q: int, options: dict) -> None:
     for page_size, dtype in ((0, torch.float16), (16, torch.bfloat16)):
         check(any_path, page_size=page_size, seqlen_q=seqlen_q, dtype=dtype, heads=(8, 2), **options)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("num_splits", [1, 4, 20])  # 4: the decode kernel merges them, 20: combine
+@pytest.mark.parametrize("seqlen_q", [1, 5, 70])
+def test_sinks_count_once(any_path: torch.device, seqlen_q: int, num_splits: int, page_size: int) -> None:
+    """However the keys are split. Some rows see nothing, some sinks are far above or below all scores."""
+    sinks = torch.tensor([1.0, -1e4, -torch.inf, 50.0, 15.0, 0.0, -3.0, 3.0], device=any_path)
+    for dtype in DTYPES:
+        options = dict(num_splits=num_splits, page_size=page_size, dtype=dtype, heads=(8, 2))
+        check(any_path, seqlen_q=seqlen_q, seqlen_new=seqlen_q, causal=True, s_aux=sinks, **options)
+        check(any_path, seqlen_q=seqlen_q, s_aux=sinks, causal=True, **options)  # some rows see nothing
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 59, 72, 111, 136, 192, 256])
@@ -466,7 +482,7 @@ def test_what_has_no_place_is_not_written(
     q, new_k, new_v = (torch.randn(4, 5, 2, 64, device=device, dtype=torch.float16) for _ in range(3))
     before = cache.k.clone(), cache.v.clone()
     new, places = (new_k, new_v, None, None, True), (lengths, batch_idx, None, cache.block_table)
-    options = (0.0, None, False, (-1, -1), 0.0, None, False)
+    options = (0.0, None, False, (-1, -1), 0.0, None, False, None)
     problem, x, update = problem_of_cache(q, cache.k, cache.v, new, places, options, 0)
     if device.type == "cpu":
         kv_append.append(problem, x, update)
@@ -499,6 +515,9 @@ def test_empty_inputs(any_path: torch.device) -> None:
         q, k[:, :0], k[:, :0], cache_seqlens=int32([0, 0], any_path), return_softmax_lse=True
     )
     assert not out.any() and (lse == -torch.inf).all()
+    sinks = torch.randn(2, device=any_path)
+    out, lse = flash_attn_with_kvcache(q, k[:, :0], k[:, :0], return_softmax_lse=True, s_aux=sinks)
+    assert not out.any() and torch.equal(lse, sinks[:, None].expand_as(lse))
     assert flash_attn_with_kvcache(q[:0], k[:0], k[:0], cache_seqlens=lengths[:0]).shape == (0, 3, 2, 64)
     assert flash_attn_with_kvcache(q[:, :0], k, k, cache_seqlens=lengths).shape == (2, 0, 2, 64)
     new = torch.randn_like(q)[:, :2]

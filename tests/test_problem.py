@@ -22,6 +22,7 @@ DEFAULTS = dict(
     softcap=0.0,
     alibi_slopes=None,
     deterministic=False,
+    s_aux=None,
 )
 Q = torch.zeros(2, 5, 6, 32)
 KV = torch.zeros(2, 7, 3, 32)
@@ -60,7 +61,8 @@ def test_options() -> None:
     slopes = torch.ones(2, 6)
     made = dense(dropout_p=0.25, softmax_scale=-2, softcap=30, alibi_slopes=slopes, deterministic=1)
     assert (made.dropout_p, made.softmax_scale, made.softcap) == (0.25, -2.0, 30.0)
-    assert made.alibi and made.deterministic is True
+    assert made.alibi and made.deterministic is True and not made.sinks
+    assert all(dense(s_aux=torch.ones(6, dtype=dtype)).sinks for dtype in checks.DTYPES)
     assert isinstance(made.softmax_scale, float) and isinstance(made.softcap, float)
     assert dense(softmax_scale=0).softmax_scale == 0
     assert dense(softcap=-1.0).softcap == 0
@@ -214,6 +216,11 @@ ERRORS = [
     (dict(alibi_slopes=x(6, dtype=torch.float16)), TypeError, "alibi_slopes must be torch.float32"),
     (dict(alibi_slopes=x(6, device="meta")), ValueError, "alibi_slopes is on meta, .* on cpu"),
     (dict(alibi_slopes=x(6).requires_grad_()), ValueError, "alibi_slopes gets no gradient"),
+    (dict(s_aux=[0.5] * 6), TypeError, "s_aux must be a torch.Tensor, not list"),
+    (dict(s_aux=x(3)), ValueError, r"s_aux must have shape \(heads,\) = \(6,\), not \(3,\)"),
+    (dict(s_aux=x(2, 6)), ValueError, r"s_aux must have shape \(heads,\) = \(6,\), not \(2, 6\)"),
+    (dict(s_aux=x(6, dtype=torch.int32)), TypeError, "s_aux must be one of torch.float16, .* torch.int32"),
+    (dict(s_aux=x(6, device="meta")), ValueError, "s_aux is on meta, .* on cpu"),
 ]
 
 
@@ -276,6 +283,7 @@ def test_facts_of_packed_sequences() -> None:
     assert varlen(k=PAGES, block_table=TABLE, cu_seqlens_k=None, seqused_k=USED).page_size == 4
     assert varlen(out=torch.empty_like(QP), seqused_k=USED) == packed
     assert varlen(alibi_slopes=x(2, 6), causal=True).window_right == 0
+    assert varlen(s_aux=x(6)) == replace(packed, sinks=True)
 
 
 def test_longest_lengths() -> None:
@@ -340,6 +348,8 @@ VARLEN_ERRORS = [
     (dict(q=BOTH[:12, 0], out=BOTH[1:13, 0]), ValueError, "out shares memory with q"),
     (dict(q=torch.from_dlpack(BOTH[:12, 0]), out=BOTH[1:13, 0]), ValueError, "out shares memory with q"),
     (dict(alibi_slopes=x(3, 6)), ValueError, r"alibi_slopes .* \(2, 6\), not \(3, 6\)"),
+    (dict(s_aux=x(3)), ValueError, r"s_aux must have shape \(heads,\) = \(6,\), not \(3,\)"),
+    (dict(s_aux=x(6).requires_grad_(), out=torch.empty_like(QP)), ValueError, "but s_aux requires one"),
     (dict(window_size=(0.5, 1)), TypeError, "window_size .* left is 0.5"),
     (dict(causal=2), ValueError, "causal must be a bool"),
 ]  # fmt: skip
@@ -393,6 +403,7 @@ def test_facts_of_a_cache() -> None:
     assert cache(cache_seqlens=46, **APPEND) == plain
     nothing = dict(q=x(2, 0, 6, 32), k=NEW[:, :0], v=NEW[:, :0], rotary_cos=COS, rotary_sin=COS)
     assert cache(cache_seqlens=50, **nothing).seqlen_q == 0  # no token, no row of the rotary tables
+    assert cache(s_aux=x(6)) == replace(plain, sinks=True)
     made = cache(causal=True, softcap=3.0, alibi_slopes=x(2, 6), softmax_scale=0.5)
     assert (made.window_right, made.softcap, made.alibi, made.softmax_scale) == (0, 3.0, True, 0.5)
 
@@ -414,6 +425,8 @@ def test_windows_of_a_cache() -> None:
 
 
 CACHE_ERRORS = [
+    (dict(s_aux=x(3)), ValueError, r"s_aux must have shape \(heads,\) = \(6,\), not \(3,\)"),
+    (dict(s_aux=x(6).requires_grad_()), ValueError, "has no gradient, but s_aux requires one"),
     (dict(k_cache=None), TypeError, "k_cache must be a torch.Tensor"),
     (dict(q=QP), ValueError, r"q must have 4 dimensions \(batch, seqlen_q, heads, head_dim\)"),
     (dict(k_cache=KP), ValueError, r"k_cache must have 4 dimensions \(batch_cache, capacity"),

@@ -88,6 +88,24 @@ def test_dropout_scales_what_it_keeps() -> None:
     torch.testing.assert_close(lse, attention(q, k, v)[1])
 
 
+@pytest.mark.parametrize("window_right", [None, 0])
+def test_a_sink_is_a_key_without_a_value(window_right: int | None) -> None:
+    """It is one more column of the softmax, which nobody multiplies; rows without keys have nothing else."""
+    q, k, v = (x.requires_grad_() for x in inputs(2, 6, 3, 4, 2, 5))
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    out, lse = attention(q, k, v, window_right=window_right, s_aux=sinks)
+    plain, plain_lse = attention(q, k, v, window_right=window_right)
+    weight = torch.sigmoid(plain_lse - sinks[:, None]).mT.unsqueeze(-1)  # of the keys, together
+    torch.testing.assert_close(out, plain * weight)
+    torch.testing.assert_close(lse, torch.logaddexp(plain_lse, sinks[:, None]))
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    for g in torch.autograd.grad((out, lse), (q, k, v, sinks), (dout, dlse)):
+        assert g.isfinite().all()
+    without = attention(q, k, v, window_right=window_right, s_aux=torch.full((4,), -math.inf))
+    for x, y in zip(without, (plain, plain_lse), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_rows_without_keys_have_no_gradient() -> None:
     q, k, v = (x.requires_grad_() for x in inputs(1, 6, 3, 2, 1, 4))
     out, lse = attention(q, k, v, window_right=0)  # rows 0 to 2 see nothing

@@ -43,6 +43,8 @@ OPTIONS = [
     {"alibi": "heads"},
     {"alibi": "batch", "causal": True, "softcap": 20.0},
     {"alibi": "batch", "window_size": (40, 10)},
+    {"sinks": True},
+    {"sinks": True, "causal": True, "alibi": "batch", "softcap": 20.0},
 ]
 WHOLE = [{}, {"causal": True}, {"window_size": (50, 20)}]
 
@@ -92,11 +94,13 @@ def batch_of(
 
 
 def slopes_for(options: dict[str, Any], batch: int, heads: int, device: torch.device) -> dict[str, Any]:
-    """The options with tensors of ALiBi slopes in the place of their kinds."""
+    """The options with tensors of ALiBi slopes in the place of their kinds, and sinks where they are True."""
     options = dict(options)
     if kind := options.pop("alibi", None):
         shape = (heads,) if kind == "heads" else (batch, heads)
         options["alibi_slopes"] = torch.rand(shape, device=device) * 0.3
+    if options.pop("sinks", False):
+        options["s_aux"] = 2 * torch.randn(heads, device=device)
     return options
 
 
@@ -161,6 +165,27 @@ def test_nothing_to_attend_to(any_path: torch.device, lengths: list) -> None:
         out, lse, _ = flash_attn_varlen_func(*batch[:3], *batch.lengths, return_attn_probs=True, **options)
         assert out.shape == batch.q.shape and not out.any()
         assert lse.shape == (2, len(batch.q)) and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("lengths", [[], [(0, 0)], [(4, 0), (3, 0)], [(4, 0), (3, 9)]], ids=str)
+def test_sinks_of_rows_without_keys(any_path: torch.device, lengths: list) -> None:
+    """Their LSE is the sink; that of rows in no sequence, whose dO may be anything, is -inf all the same."""
+    batch = batch_of(lengths, any_path)
+    q = torch.cat((batch.q, batch.q.new_full((3, 2, 64), NAN)))
+    leaves = *(x.requires_grad_() for x in (q, *batch[1:3])), torch.randn(2, device=any_path).requires_grad_()
+    out, lse, _ = flash_attn_varlen_func(
+        *leaves[:3], *batch.lengths, causal=True, s_aux=leaves[3], return_attn_probs=True
+    )
+    end, sinks = sum(n for n, m in lengths if m == 0), leaves[3]
+    assert not out[:end].any() and not out[-3:].any() and (lse[:, -3:] == -torch.inf).all()
+    torch.testing.assert_close(lse[:, :end], sinks[:, None].expand(-1, end))
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    dout[-3:], dlse[:, -3:] = NAN, NAN
+    *gradients, ds_aux = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    assert not gradients[0][:end].any() and not any(x.isnan().any() for x in gradients)
+    delta = (dout.float() * out.float()).sum(-1).T - dlse  # of a row without keys: 0 - dlse
+    expected = -((sinks[:, None] - lse).exp() * delta)[:, :-3].sum(1)
+    torch.testing.assert_close(ds_aux, expected.detach())
 
 
 def test_longest_lengths_are_hints(any_path: torch.device) -> None:
@@ -317,14 +342,18 @@ def test_equal_lengths_are_the_dense_computation(any_path: torch.device) -> None
 
 
 def backward(batch: Batch, **options: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """dout, dlse and the gradients."""
+    """dout, dlse and the gradients, of the sinks too where they require one."""
     leaves = [x.detach().requires_grad_() for x in batch[:3]]
-    out, lse, _ = flash_attn_varlen_func(*leaves, *batch.lengths, return_attn_probs=True, **options)
+    sinks = options.get("s_aux")
+    if sinks is not None and sinks.requires_grad:
+        leaves.append(sinks)
+    tensors = *leaves[:3], *batch.lengths
+    out, lse, _ = flash_attn_varlen_func(*tensors, return_attn_probs=True, **options)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     return dout, dlse, torch.autograd.grad((out, lse), leaves, (dout, dlse))
 
 
-@pytest.mark.parametrize("options", [OPTIONS[i] for i in (0, 1, 2, 6, 9)], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[i] for i in (0, 1, 2, 6, 9, 11, 12)], ids=str)
 @pytest.mark.parametrize("lengths", BATCHES, ids=["zeros", "borders", "primes"])
 def test_gradients(any_path: torch.device, lengths: list, options: dict) -> None:
     batch = batch_of(lengths, any_path, 4, 2, dtype=torch.bfloat16)
@@ -335,6 +364,21 @@ def test_gradients(any_path: torch.device, lengths: list, options: dict) -> None
         given = (x.unsqueeze(0) for x in (dout[rows], dlse[:, rows]))
         tensors = (x.unsqueeze(0) for x in (batch.q[rows], batch.k[keys], batch.v[keys]))
         check_gradients(gradients, *given, *tensors, **reference_options(options, b))
+
+
+@pytest.mark.parametrize("lengths", BATCHES, ids=["zeros", "borders", "primes"])
+def test_gradient_of_sinks(any_path: torch.device, lengths: list) -> None:
+    """The sum of what each sequence alone gives."""
+    batch = batch_of(lengths, any_path, 4, 2, dtype=torch.bfloat16)
+    sinks = torch.randn(4, device=any_path).requires_grad_()
+    dout, dlse, (*_, ds_aux) = backward(batch, causal=True, s_aux=sinks)
+    parts = []
+    for rows, keys in batch.sequences():
+        q, k, v = (x.unsqueeze(0).double() for x in (batch.q[rows], batch.k[keys], batch.v[keys]))
+        results = reference.attention(q, k, v, window_right=0, s_aux=sinks)
+        given = dout[None, rows].double(), dlse[None, :, rows].double()
+        parts.append(torch.autograd.grad(results, sinks, given)[0])
+    torch.testing.assert_close(ds_aux, torch.stack(parts).sum(0), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "a row a sequence"])

@@ -44,11 +44,12 @@ transforms = torch._C._functorch.peek_interpreter_stack  # of torch.func; None: 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_watched(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None = None) -> bool:
     """Whether a call must be an operator's: it is followed, or its tensors are not what lies in memory."""
     return (
         is_compiling()
         or not (type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= _PLAIN)
+        or (s_aux is not None and type(s_aux) not in _PLAIN)
         or _modes()
         or transforms()
         or forward_ad._current_level >= 0

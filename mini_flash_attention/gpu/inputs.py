@@ -11,6 +11,7 @@ from mini_flash_attention.kernels.calls import (
     CU_SEQLENS_Q,
     LEFTPAD_K,
     SEQUSED_K,
+    Blocks,
     Dropout,
     Ragged,
     Score,
@@ -106,6 +107,21 @@ def _captured(x: float | int | Tensor) -> float | int | Tensor:
     x = x.detach().resolve_neg().reshape(1) if x.ndim == 0 else x.detach().resolve_neg()
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def blocks(problem: Problem, x: Inputs, of_keys: bool = False) -> Blocks:
+    """The lists of the block mask; of_keys: which query blocks each key block visits."""
+    mask, size = x.block_mask, (problem.batch, problem.heads_q, -1)
+    if of_keys:
+        lists = mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices
+    else:
+        lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+    return Blocks(*(x.expand(*size, -1) if x.ndim == 4 else x.expand(size) for x in lists))
+
+
+def sinks(s_aux: Tensor) -> Tensor:
+    """s_aux as kernels take it: itself, if it is float32."""
+    return s_aux.float().resolve_neg().contiguous()
 
 
 def dropout(seed: Tensor, dropout_p: float) -> Dropout:

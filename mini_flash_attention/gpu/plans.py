@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mini_flash_attention.gpu import compile, config, inputs, memory, splits
 from mini_flash_attention.gpu.fast import Like
-from mini_flash_attention.kernels.calls import Append, Decode, Forward, Ragged, Rotary, Score, record
+from mini_flash_attention.kernels.calls import Append, Blocks, Decode, Forward, Ragged, Rotary, Score, record
 from mini_flash_attention.problem import CacheUpdate, Problem
 from mini_flash_attention.scores.capture import Scoring
 
@@ -41,13 +41,22 @@ class ForwardPlan(NamedTuple):
     swath: int = 0
     num_sms: int | None = None
     counter: Any | None = None  # None: each call has its own
+    sparse: bool = False  # the kernel takes the lists of a block mask
 
-    def call(self, tensors: Tensors, score: Score, ragged: Ragged | None, seed: Tensor | None) -> Forward:
+    def call(
+        self,
+        tensors: Tensors,
+        score: Score,
+        ragged: Ragged | None,
+        seed: Tensor | None,
+        sinks: Tensor | None,
+        blocks: Blocks | None = None,
+    ) -> Forward:
         counter = self.counter
         if counter is None and self.num_sms is not None:
             counter = memory.tile_counter(self.device)
         dropout = inputs.dropout(seed, self.dropout_p) if self.dropout_p else None
-        numbers = score, *self.window, ragged, dropout, self.swath, self.num_sms, counter
+        numbers = score, *self.window, ragged, dropout, sinks, self.swath, blocks, self.num_sms, counter
         return record(Forward, (*tensors, *numbers))
 
 
@@ -62,7 +71,9 @@ class DecodePlan(NamedTuple):
     fused_tiles: int  # each has a counter, and its last thread block merges the splits; 0 if none does
     unused: tuple[Any, Any]  # what stands for workspace and counters if there is one split
 
-    def call(self, tensors: Tensors, score: Score, ragged: Ragged, seed: None) -> Decode:
+    def call(
+        self, tensors: Tensors, score: Score, ragged: Ragged, seed: None, sinks: Tensor | None
+    ) -> Decode:
         q, k, v, out, lse = tensors
         left, right = self.window
         splits, fused_tiles = self.num_splits, self.fused_tiles
@@ -70,8 +81,8 @@ class DecodePlan(NamedTuple):
         if splits > 1:
             workspace, counters = memory.workspace(self.partial, fused_tiles, self.device)
         fused = int(fused_tiles > 0)
-        fields = (q, k, v, out, lse, workspace, score, left, right, ragged, splits, fused, counters)
-        return record(Decode, fields)
+        places = score, left, right, ragged, sinks
+        return record(Decode, (q, k, v, out, lse, workspace, *places, splits, fused, counters))
 
 
 class BackwardPlan(NamedTuple):
@@ -84,6 +95,7 @@ class BackwardPlan(NamedTuple):
     workspace: config.Workspace
     heads_per_tile: int  # query heads of a group that a thread block walks
     num_sms: int | None = None
+    sparse: bool = False
 
 
 class AppendPlan(NamedTuple):
@@ -112,7 +124,7 @@ def attention(problem: Problem, num_splits: int, path: str) -> ForwardPlan | Dec
         )
     if problem.empty:
         return ForwardPlan(None, problem.device.index, results(problem, False), score(problem))
-    if not problem.dropout_p:
+    if not problem.dropout_p and not problem.sparse:
         row = decode_config(problem, arch_of(problem))
         if num_splits > 1 or decoding_pays(problem, row, path):
             return decode(problem, row, num_splits)
@@ -131,7 +143,8 @@ def forward(problem: Problem, path: str) -> ForwardPlan:
         drawn = m_blocks * problem.heads_q > num_sms  # else no tile is, and any address will do
         persistent = num_sms, None if drawn else memory.unused(device)
     schedule = problem.dropout_p, swath(tiles, problem, num_sms), *persistent
-    return ForwardPlan(compile.get(row), device, results(problem), score(problem), window(problem), *schedule)
+    plan = ForwardPlan(compile.get(row), device, results(problem), score(problem), window(problem), *schedule)
+    return plan._replace(sparse=row.sparse)
 
 
 def decode(problem: Problem, row: config.Decode, num_splits: int) -> DecodePlan:
@@ -157,7 +170,7 @@ def backward(problem: Problem, path: str) -> BackwardPlan:
     q, k = (problem.seqlen_q, problem.heads_q), (problem.seqlen_k, problem.heads_k * (per < problem.group))
     workspace = config.workspace(row, problem.batch, q, k, problem.packed_k)
     num_sms = sms(problem) if row.kernel == "backward.sm90" else None
-    return BackwardPlan(compile.get(row), *numbers, workspace, per, num_sms)
+    return BackwardPlan(compile.get(row), *numbers, workspace, per, num_sms, row.sparse)
 
 
 def append(problem: Problem, rotary: str) -> AppendPlan:
@@ -177,17 +190,22 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
             path = "sm80"
         if path == "sm80":
             page = 1
-    return config.forward(path, arch, *_facts(problem), **_features(problem), page=page)
+    features = _features(problem, path)
+    return config.forward(path, arch, *_facts(problem), **features, page=page, sinks=problem.sinks)
 
 
 def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:
-    return config.backward(path, arch, *_facts(problem), problem.deterministic, **_features(problem))
+    features = _features(problem, path)
+    if problem.deterministic:  # its turns are those of all blocks: each is visited, and masked
+        features.pop("sparse", None)
+    return config.backward(path, arch, *_facts(problem), problem.deterministic, **features)
 
 
 def decode_config(problem: Problem, arch: str) -> config.Decode:
     rows, page = problem.longest_q * problem.group, int(problem.page_size > 0)
     head_dim = config.bucket(problem.head_dim)
-    return config.decode(arch, dtype_name(problem), head_dim, rows, problem.scoring, page)
+    kinds = problem.scoring, page, problem.sinks
+    return config.decode(arch, dtype_name(problem), head_dim, rows, *kinds)
 
 
 def _facts(problem: Problem) -> tuple[str, int, str]:
@@ -197,8 +215,11 @@ def _facts(problem: Problem) -> tuple[str, int, str]:
     return dtype_name(problem), config.bucket(problem.head_dim), mask
 
 
-def _features(problem: Problem) -> dict[str, Scoring | bool]:
-    return {"score": problem.scoring, "ragged": problem.ragged, "dropout": problem.dropout_p > 0}
+def _features(problem: Problem, path: str) -> dict[str, Scoring | bool]:
+    features = {"score": problem.scoring, "ragged": problem.ragged, "dropout": problem.dropout_p > 0}
+    if problem.sparse and path == "sm90":  # sm80 visits all blocks, and masks them
+        features["sparse"] = True
+    return features
 
 
 def dtype_name(problem: Problem) -> str:

@@ -61,7 +61,7 @@ def attend(
     if problem.packed_q and out is not None:
         result = out.unsqueeze(0)
     if plan.launch is None:
-        done, lse = nothing(x.q)
+        done, lse = nothing(problem, x)
     else:
         q, k, v = inputs.readable(problem, inputs.signed(x.q, plan.results.sign), x.k, x.v)
         usable = result is not None and plan.results.whole and inputs.in_place(result)
@@ -107,7 +107,9 @@ def launch(
     if with_lse or lse is None:
         lse = fast.allocate(*results.lse)
     score = inputs.score(plan.score, x, problem.batch)
-    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, x.seed))
+    sinks = None if x.s_aux is None else inputs.sinks(x.s_aux)
+    more = (inputs.blocks(problem, x),) if x.block_mask is not None and plan.sparse else ()
+    plan.launch(*plan.call((q, k, v, out, lse), score, ragged, x.seed, sinks, *more))
     return out, lse if with_lse else None
 
 
@@ -116,11 +118,18 @@ def empty_like(x: Tensor, contiguous: fast.Like) -> Tensor:
     return fast.allocate(*contiguous) if x.is_contiguous() else torch.empty_like(x)
 
 
-def nothing(q: Tensor) -> tuple[Tensor, Tensor]:
-    """No keys (or no queries): out 0, LSE -inf."""
-    batch, seqlen_q, heads, _ = q.shape
-    lse = q.new_full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float32)
-    return torch.zeros_like(q), lse
+def nothing(problem: Problem, x: Inputs) -> tuple[Tensor, Tensor]:
+    """No keys (or no queries): out 0, LSE -inf, or the sink where a row is in a sequence."""
+    batch, seqlen_q, heads, _ = x.q.shape
+    lse = x.q.new_full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float32)
+    if x.s_aux is not None:
+        sinks = x.s_aux.float().unsqueeze(-1)
+        used = seqlen_q
+        if problem.packed_q:
+            used = x.layout.cu_seqlens_q[-1]
+        rows = torch.arange(seqlen_q, device=lse.device)
+        lse = torch.where(rows < used, sinks, lse)
+    return torch.zeros_like(x.q), lse
 
 
 def backward(
@@ -180,6 +189,7 @@ def launch_backward(
         plan.heads_per_tile,
         dkv_acc,
         key_turns,
+        inputs.blocks(problem, x, of_keys=True) if plan.sparse else None,
         plan.num_sms,
     )
     plan.launch(*call)

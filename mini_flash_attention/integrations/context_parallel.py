@@ -86,8 +86,9 @@ def ulysses(
         q: (batch, seqlen / world, heads, head_dim): chunk `rank` of the tokens; heads is a multiple of world.
         k: (batch, seqlen / world, heads_k, head_dim); heads_k is a multiple of world, or a divisor of it.
         v: like k.
-        options: any of `flash_attn_func`, windows included, alibi_slopes of all heads; but no dropout_p,
-            whose mask each rank would draw for itself, and no return_attn_probs.
+        options: any of `flash_attn_func`, windows included, alibi_slopes and s_aux of all heads; but no
+            dropout_p, whose mask each rank would draw for itself, and no return_attn_probs. The gradient of
+            s_aux is that of the rank's heads, 0 for the others: the whole one is the sum of all ranks'.
 
     Returns:
         out: like q.
@@ -105,8 +106,9 @@ def ulysses(
         )
     if heads_k % world:
         k, v = (x.repeat_interleave(world // heads_k, 2) for x in (k, v))
-    if options.get("alibi_slopes") is not None:
-        options["alibi_slopes"] = options["alibi_slopes"].chunk(world, -1)[dist.get_rank(group)]
+    for name in ("alibi_slopes", "s_aux"):
+        if options.get(name) is not None:
+            options[name] = options[name].chunk(world, -1)[dist.get_rank(group)]
     q, k, v = (exchange(x, 2, 1, group) for x in (q, k, v))
     return exchange(flash_attn_func(q, k, v, **options), 1, 2, group)
 
@@ -253,4 +255,4 @@ def _options(step: Step, q: Tensor, softmax_scale: float | None) -> tuple[Any, .
     """Of the operators."""
     starts = step.queries.cu_seqlens, step.keys.cu_seqlens
     layout = ops.DENSE if starts[0] is None else (*starts, None, None, None)
-    return *layout, None, None, 0.0, softmax_scale, step.causal, -1, -1, 0.0, False
+    return *layout, None, None, None, 0.0, softmax_scale, step.causal, -1, -1, 0.0, False

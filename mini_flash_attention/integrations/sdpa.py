@@ -132,7 +132,7 @@ def forward(
     seed = ops.draw_seed(q.device) if dropout_p else None
     score = scale, causal, _side(window_size_left), _side(window_size_right), 0.0
     layout = cu_q, cu_k, seqused_k, block_table, None if cu_q is None else max_q
-    options = *layout, alibi_slopes, seed, dropout_p, *score, False
+    options = *layout, alibi_slopes, None, seed, dropout_p, *score, False
     if out is None:
         out, lse = ops.forward(q, k, v, *options)
     else:
@@ -176,7 +176,9 @@ def backward(
     layout = cu_q, cu_k, None, None, None if cu_q is None else max_q
     seed = state.view(torch.int64)[:1] if dropout_p else None
     score = scale, causal, _side(window_size_left), _side(window_size_right), 0.0
-    gradients = ops.backward(dout, None, q, k, v, out, lse, *layout, None, seed, dropout_p, *score, False)
+    gradients = ops.backward(
+        dout, None, q, k, v, out, lse, *layout, None, None, seed, dropout_p, *score, False
+    )
     return tuple(map(ops.like, (q, k, v), gradients))
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import mini_flash_attention as mini
@@ -110,12 +109,9 @@ def flash_attn_func(
     deterministic: bool = False,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """mini_flash_attention.flash_attn_func with sinks. s_aux: (heads,)."""
+    """mini_flash_attention.flash_attn_func, with the options that Transformers knows."""
     options = dropout_p, softmax_scale, causal, window_size, softcap, None, deterministic
-    if s_aux is None:
-        return mini.flash_attn_func(q, k, v, *options)
-    out, lse = _out_and_lse(mini.flash_attn_func, q, k, v, *options)
-    return with_sinks(out, lse, s_aux)
+    return mini.flash_attn_func(q, k, v, *options, s_aux=s_aux)
 
 
 def flash_attn_varlen_func(
@@ -132,13 +128,10 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """mini_flash_attention.flash_attn_varlen_func with sinks. s_aux: (heads,)."""
+    """mini_flash_attention.flash_attn_varlen_func, with the options that Transformers knows."""
     lengths = cu_seqlens_q.int(), cu_seqlens_k.int(), q.shape[0], k.shape[0]
     options = dropout_p, softmax_scale, causal, window_size, softcap, None, deterministic
-    if s_aux is None:
-        return mini.flash_attn_varlen_func(q, k, v, *lengths, *options)
-    out, lse = _out_and_lse(mini.flash_attn_varlen_func, q, k, v, *lengths, *options)
-    return with_sinks(out, lse, s_aux)
+    return mini.flash_attn_varlen_func(q, k, v, *lengths, *options, s_aux=s_aux)
 
 
 def flash_attn_with_kvcache(
@@ -155,29 +148,7 @@ def flash_attn_with_kvcache(
     softcap: float = 0.0,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """mini_flash_attention.flash_attn_with_kvcache with sinks. s_aux: (heads,)."""
+    """mini_flash_attention.flash_attn_with_kvcache, with the options that Transformers knows."""
     options = dict(softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap)
     places = dict(cache_seqlens=cache_seqlens, block_table=block_table)
-    with_lse = s_aux is not None
-    result = mini.flash_attn_with_kvcache(
-        q, k_cache, v_cache, k, v, **places, **options, return_softmax_lse=with_lse
-    )
-    return with_sinks(*result, s_aux) if with_lse else result
-
-
-def _out_and_lse(attention: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor]:
-    return attention(*arguments, return_attn_probs=True)[:2]
-
-
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """A sink adds exp(sink) to the denominator of its head's softmax: out shrinks by sigmoid(lse - sink).
-
-    Differentiable, as the LSE is.
-
-    Args:
-        out: (..., seqlen_q, heads, head_dim).
-        lse: (..., heads, seqlen_q).
-        sinks: (heads,).
-    """
-    kept = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
-    return (out * kept.transpose(-1, -2).unsqueeze(-1)).to(out.dtype)
+    return mini.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **places, **options, s_aux=s_aux)

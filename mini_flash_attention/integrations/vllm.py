@@ -17,7 +17,6 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from mini_flash_attention import flash_attn_varlen_func
 from mini_flash_attention.checks import MAX_HEAD_DIM
-from mini_flash_attention.integrations.transformers import with_sinks
 
 NAME = "MINI_FLASH_ATTENTION"
 
@@ -133,12 +132,6 @@ class Attention(FlashAttentionImpl):
             options |= dict(causal=of.causal, block_table=of.block_table, seqused_k=of.seq_lens)
         out = output[:tokens].view(tokens, self.num_heads, self.head_size)
         lengths = of.query_start_loc, starts_k, of.max_query_len, of.max_seq_len
-        options |= dict(window_size=window, out=out)
-        if self.sinks is None:
-            flash_attn_varlen_func(query[:tokens], key, value, *lengths, **options)
-        else:
-            _, lse, _ = flash_attn_varlen_func(
-                query[:tokens], key, value, *lengths, **options, return_attn_probs=True
-            )
-            out.copy_(with_sinks(out, lse, self.sinks))
+        options |= dict(window_size=window, out=out, s_aux=self.sinks)
+        flash_attn_varlen_func(query[:tokens], key, value, *lengths, **options)
         return output

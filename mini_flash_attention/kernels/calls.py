@@ -45,6 +45,18 @@ class Dropout(NamedTuple):
     rescale: Float32  # 1 / (1 - dropout_p)
 
 
+class Blocks(NamedTuple):
+    """Which blocks of 128 queries and keys meet: parts/sparse.py. int32, any strides but a unit last one.
+
+    n: blocks of the rows, m: of what they visit. In the backward pass rows are keys.
+    """
+
+    partial: Tensor  # (b, h, n): how many need the mask
+    partial_indices: Tensor  # (b, h, n, m): which
+    full: Tensor  # (b, h, n): how many do not
+    full_indices: Tensor  # (b, h, n, m)
+
+
 # Bits of Ragged.given: which of its tensors the caller gave.
 CU_SEQLENS_Q, CU_SEQLENS_K, SEQUSED_K, LEFTPAD_K, BATCH_IDX = (1 << i for i in range(5))
 
@@ -82,7 +94,9 @@ class Forward(NamedTuple):
     window_right: Int32
     ragged: Ragged | None
     dropout: Dropout | None
+    sinks: Tensor | None  # (h) float32: natural logarithms, each a score of its head's rows without a value
     swath: Int32  # heads walked together: parts/scheduler.py
+    blocks: Blocks | None = None  # sm90
     num_sms: Int32 | None = None  # sm90: thread blocks that run at once
     counter: Tensor | None = None  # sm90, (2) int32: from which they draw their tiles
 
@@ -116,6 +130,7 @@ class Backward(NamedTuple):
     heads_per_tile: Int32  # query heads that a thread block walks: all of a group, or some
     mdKVacc: Tensor  # (2, b, hk, n_blocks, tile_n * d) float32: dK, dV; no heads if no tiles share a group
     mKeyTurns: Tensor  # (b, hk, n_blocks) int32 if deterministic, else (1, 1, 1)
+    blocks: Blocks | None = None  # sm90
     num_sms: Int32 | None = None  # sm90: thread blocks that run at once
 
 
@@ -132,6 +147,7 @@ class Decode(NamedTuple):
     window_left: Int32
     window_right: Int32
     ragged: Ragged
+    sinks: Tensor | None  # (h) float32: as in Forward
     num_splits: Int32
     fused: Int32  # 1: the last of a tile's thread blocks merges its splits; 0: the combine kernel does
     counters: Tensor  # (tiles) int32, fused: how many of its splits are done

@@ -26,7 +26,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mini_flash_attention.scores.numbers import KINDS, CannotTrace, Number, Table, Torch, is_int32, is_one
+from mini_flash_attention.scores.numbers import (
+    CannotTrace,
+    Kinds,
+    Number,
+    Table,
+    Torch,
+    Uniform,
+    is_int32,
+    is_one,
+)
 
 # What a function must not do: what happens outside of it happens once, when a kernel is compiled.
 OUTSIDE = {
@@ -96,8 +105,10 @@ class Function:
         self.role, self.key, self.kinds, self.build = role, key, kinds, build
         self.found_at: tuple[str, str] | None = None  # module and name, if it can be imported
         self.digest = hashlib.sha256(repr((role, key, kinds)).encode()).hexdigest()[:32]
-        score = Number(KINDS, "float", 1.0)
-        result = self.apply(KINDS, kinds, score, Place(*("int",) * 6))
+        ops = Kinds()
+        score, shared = Number(ops, "float", 1.0), Uniform("int")
+        result = self.apply(ops, kinds, score, Place(shared, shared, "int", "int", shared, shared))
+        self.work = ops.work
         self.factored = not is_one(result.dx)  # whether the derivative must be computed
         self.is_identity = result is score
 
@@ -135,7 +146,7 @@ class Function:
                 return self._result(ops, function(score, *where))
             return torch.where(self._result(ops, function(*where)), score, -math.inf)
         except Exception as error:
-            if ops is not KINDS:  # it has passed that test
+            if not isinstance(ops, Kinds):  # it has passed that test
                 raise
             kind = "" if isinstance(error, CannotTrace) else f"{type(error).__name__}: "
             raise CannotTrace(f"{self.role}: {kind}{error}{_line(error, function)}") from error
@@ -143,8 +154,8 @@ class Function:
     def _wrapped(self, ops: Any, kind: str, value: Any) -> Any:
         name, _, ndim = kind.partition(" ")
         if not ndim:
-            return Number(ops, kind if ops is KINDS else value)
-        table = Table(ops, name.partition(":")[0] if ops is KINDS else value, int(ndim))
+            return Number(ops, kind if isinstance(ops, Kinds) else value)
+        table = Table(ops, name.partition(":")[0] if isinstance(ops, Kinds) else value, int(ndim))
         return table if table.ndim else table[()]
 
     def _result(self, ops: Any, result: Any) -> Number:
@@ -184,14 +195,26 @@ NOT_THE_USERS = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 class Scoring(tuple):
     """All that becomes of a score before the softmax: Functions, one after the other."""
 
-    def apply(self, ops: Any, values: Sequence[Any], score: Number, place: Place) -> Number:
-        """values: those that the functions capture, one function's after the other's."""
+    def apply(
+        self, ops: Any, values: Sequence[Any], score: Number, place: Place, masked: bool = True
+    ) -> Number:
+        """values: those that the functions capture, one's after the other's. masked: mask_mods too."""
         first = 0
         for function in self:
             end = first + len(function.kinds)
-            score = function.apply(ops, values[first:end], score, place)
+            if masked or function.role != "mask_mod":
+                score = function.apply(ops, values[first:end], score, place)
             first = end
         return score
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask among the functions."""
+        return any(function.role == "mask_mod" for function in self)
+
+    @property
+    def without_masks(self) -> "Scoring":
+        return Scoring(function for function in self if function.role != "mask_mod")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -206,6 +229,11 @@ class Scoring(tuple):
     def hides(self) -> bool:
         """Whether scores may become -inf."""
         return any(function.hides for function in self)
+
+    @property
+    def heavy(self) -> bool:
+        """Whether they take many registers: tensors are read for each score, or much is computed."""
+        return sum(function.work for function in self) > 10
 
     def __repr__(self) -> str:
         return "_".join(map(repr, self)) or "plain"

@@ -1,7 +1,7 @@
 """The numbers that a score function computes with, and what it may do to them.
 
 A `Number` carries its derivative with respect to the score, by the rules of calculus: no user writes one.
-What its numbers are is up to its `ops`: tensors, a kernel's registers, or no more than their kinds (KINDS),
+What its numbers are is up to its `ops`: tensors, a kernel's registers, or no more than their kinds (Kinds),
 by which a function is checked before anything runs.
 """
 
@@ -182,6 +182,8 @@ def elementary(*names: str) -> Callable[..., Any]:
             ops = next((a.ops for a in args if isinstance(a, Number)), None)
             if ops is None:
                 raise CannotTrace(f"{names[0].strip('_')} of literals: write its result")
+            if isinstance(ops, Kinds):
+                ops.work += 5 if names[0] in ("floor_divide", "remainder") else 1
             return Number(ops, *f(ops, *((a.x, a.dx) if isinstance(a, Number) else (a, None) for a in args)))
 
         FUNCTIONS.update(dict.fromkeys(names, function))
@@ -302,7 +304,7 @@ def _only_integers(ops: Any, sign: str, a: Any, b: Any) -> None:
 
 
 def _not_by_zero(ops: Any, b: Any) -> None:
-    if ops is KINDS and isinstance(b[0], int | float) and b[0] == 0:
+    if isinstance(ops, Kinds) and isinstance(b[0], int | float) and b[0] == 0:
         raise CannotTrace("this divides by zero")
 
 
@@ -359,10 +361,17 @@ def _operators() -> None:
 _operators()
 
 
+class Uniform(str):
+    """The kind of a number that all scores of a tile share."""
+
+
 class Kinds:
     """Numbers of which only the kind is known: "bool", "int" or "float". Python's stay as they are."""
 
     ORDER = "bool", "int", "float"
+
+    def __init__(self) -> None:
+        self.work = 0  # operations, and ten for each read of a tensor that tells scores of a tile apart
 
     def kind(self, a: Any) -> str:
         return a if isinstance(a, str) else type(a).__name__
@@ -396,10 +405,8 @@ class Kinds:
         return "bool"
 
     def load(self, table: str, index: Any) -> str:
+        self.work += 10 * any(type(i) is str for i in index)
         return table
 
     def cast(self, a: Any, kind: str) -> str:
         return kind
-
-
-KINDS = Kinds()

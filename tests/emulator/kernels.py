@@ -10,6 +10,7 @@ from torch import Tensor
 from emulator.capture import Library
 from emulator.emulate import emulate
 from mini_flash_attention import philox
+from mini_flash_attention.block_mask import BlockMask
 from mini_flash_attention.gpu import config, inputs
 from mini_flash_attention.kernels import calls
 from mini_flash_attention.scores.capture import Function, Scoring, built_in, capture
@@ -26,6 +27,8 @@ class Options(NamedTuple):
     dropout: tuple[int, float] | None = None  # seed, probability
     score_mod: Callable[..., Any] | None = None
     mask_mod: Callable[..., Any] | None = None
+    block_mask: BlockMask | None = None  # of mask_mod
+    sinks: Tensor | None = None  # (heads) float32
 
     @property
     def functions(self) -> list[tuple[Function, tuple[Any, ...]]]:
@@ -51,6 +54,12 @@ class Options(NamedTuple):
         left, right = self.window
         return score, left or 0, q.shape[1] if right is None else right
 
+    def blocks(self, q: Tensor, of_keys: bool = False) -> calls.Blocks | None:
+        if self.block_mask is None:
+            return None
+        size = NamedTuple("Size", [("batch", int), ("heads_q", int)])(q.shape[0], q.shape[2])
+        return inputs.blocks(size, inputs.Inputs(q, q, q, block_mask=self.block_mask), of_keys)
+
     def dropped(self) -> calls.Dropout | None:
         if self.dropout is None:
             return None
@@ -61,7 +70,7 @@ class Options(NamedTuple):
         """For reference.attention; b: of one sequence of a ragged batch."""
         slopes = self.slopes if b is None or self.slopes is None else self.slopes[b : b + 1]
         options = dict(zip(("window_left", "window_right"), self.window, strict=True))
-        options |= {"softcap": self.softcap, "alibi_slopes": slopes}
+        options |= {"softcap": self.softcap, "alibi_slopes": slopes, "s_aux": self.sinks}
         options |= {"score_mod": self.score_mod, "mask_mod": self.mask_mod, "first": b or 0}
         if self.dropout:
             seed, p = self.dropout
@@ -105,7 +114,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out, lse"""
     out, lse = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1])
-    numbers = *options.numbers(q), sequences, options.dropped(), 1
+    numbers = *options.numbers(q), sequences, options.dropped(), options.sinks, 1, options.blocks(q)
     if row.kernel == "forward.sm90":
         numbers = *numbers, num_sms, torch.zeros(2, dtype=torch.int32)
     reads = emulate(library(row), calls.Forward(q, k, v, out, lse, *numbers), unwritten=(out, lse))
@@ -139,7 +148,7 @@ def backward(
     tensors = q, k, v, out, dout, lse, lse if dlse is None else dlse, stats, dq_acc, *gradients
     score, left, right = options.numbers(q)
     numbers = score, int(dlse is not None), left, right, sequences, options.dropped()
-    numbers = *numbers, turns, heads_per_tile, dkv_acc, key_turns
+    numbers = *numbers, turns, heads_per_tile, dkv_acc, key_turns, options.blocks(q, of_keys=True)
     sms = num_sms if row.kernel == "backward.sm90" else None
     unwritten = (stats, dq_acc, dkv_acc, turns, key_turns, *gradients)
     assert not emulate(library(row), calls.Backward(*tensors, *numbers, sms), unwritten)
@@ -162,9 +171,8 @@ def decode(
     counters = torch.zeros(64, dtype=torch.int32)
     score, left, right = options.numbers(q)
     left = 1 << 20 if options.window[0] is None else left
-    call = calls.Decode(
-        q, k, v, out, lse, workspace, score, left, right, sequences, num_splits, int(fused), counters
-    )
+    places = score, left, right, sequences, options.sinks
+    call = calls.Decode(q, k, v, out, lse, workspace, *places, num_splits, int(fused), counters)
     assert not emulate(library(row), call, unwritten=(out, lse, workspace))
     assert not counters.any(), "the counters are zero after a launch"
     return out, lse

@@ -13,7 +13,7 @@ from tests.error_rule import assert_by_rule
 from tests.fuzz.formula import Expected, Rough, append, evaluate, exact, rough, sequences
 from tests.fuzz.poison import poisoned
 
-ATTENDED = ("q", "k", "v", "qkv", "kv", "k_cache", "v_cache")
+ATTENDED = ("q", "k", "v", "qkv", "kv", "k_cache", "v_cache", "s_aux")
 WRITTEN = ("k_cache", "v_cache", "out")
 TRIES = 3  # of what rounding may do: one try may be exact by luck
 

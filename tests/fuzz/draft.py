@@ -28,6 +28,7 @@ class Draft:
         self.softcap, self.alibi = kind.random() < 0.2, kind.random() < 0.2
         self.backward, self.dropout = kind.random() < 0.6, kind.random() < 0.2
         self.deterministic = kind.random() < 0.2
+        self.sinks = kind.random() < 0.2
 
     # Sizes
 
@@ -152,6 +153,8 @@ class Draft:
         if self.alibi:
             shape = random.choice(((self.heads,), (batch, self.heads)))
             self.tensors["alibi_slopes"] = f"alibi_slopes = torch.randn({shape}) / 10"
+        if self.sinks:
+            self.learned_sinks(grad=self.backward and not cache and self.maybe(0.5))
         if cache:
             if self.maybe(0.5):
                 numbers["num_splits"] = str(random.choice((0, 1, 2, 5, 128)))
@@ -164,6 +167,15 @@ class Draft:
             numbers["deterministic"] = "True"
         if self.dropout or self.maybe(0.4):
             numbers["return_attn_probs"] = "True"
+
+    def learned_sinks(self, grad: bool) -> None:
+        """Around 0, or far from it, or not there; of few heads, whose gradient in 16 bits would be luck."""
+        dtype = "float32" if grad else self.random.choice(("float32", "bfloat16", "float16"))
+        far = 3 if self.dtype == "float16" else 30  # where they are, out is too small for float16
+        code = f"s_aux = {self.random.choice((1, 3, far))} * torch.randn({self.heads}, dtype=torch.{dtype})"
+        if self.maybe(0.1):
+            code += "\ns_aux[0] = -inf"
+        self.tensors["s_aux"] = code + ("\ns_aux.requires_grad_()" if grad else "")
 
     def shape(self, *sizes: int, heads: int | None = None) -> tuple[int, ...]:
         return *sizes, self.heads if heads is None else heads, self.head_dim

@@ -27,6 +27,7 @@ class Alone(NamedTuple):
     k: Tensor
     v: Tensor
     slopes: Tensor | None  # (heads)
+    sinks: Tensor | None  # (heads)
 
 
 class Expected(NamedTuple):
@@ -95,11 +96,13 @@ def attention(
     if one.slopes is not None:
         S = S - one.slopes.double().view(-1, 1, 1) * distance.abs()
     seen = (distance >= -given.left) & (distance <= given.right)
-    nothing = ~seen.any(dim=1, keepdim=True)  # queries without keys
-    S = S.masked_fill(~seen, float("-inf")).masked_fill(nothing, 0)
-    row_max = S.detach().amax(dim=2, keepdim=True) if S.shape[2] else S.new_zeros(*S.shape[:2], 1)
+    sink = S.new_full((len(q),), float("-inf")) if one.sinks is None else one.sinks.double()
+    sink = sink.view(-1, 1, 1).expand(-1, S.shape[1], 1)
+    nothing = ~seen.any(dim=1, keepdim=True) & (sink == float("-inf"))  # queries without keys and sinks
+    S, sink = S.masked_fill(~seen, float("-inf")).masked_fill(nothing, 0), sink.masked_fill(nothing, 0)
+    row_max = torch.cat((S, sink), dim=2).detach().amax(dim=2, keepdim=True)
     P = torch.exp(S - row_max).masked_fill(~seen, 0)
-    row_sum = P.sum(dim=2, keepdim=True).masked_fill(nothing, 1)
+    row_sum = (P.sum(dim=2, keepdim=True) + torch.exp(sink - row_max)).masked_fill(nothing, 1)
     lse = row_max + row_sum.log()
     # The backward pass recomputes P from the LSE, as rough as that is.
     P = rounded(P, (P * lse.abs()).detach())
@@ -138,6 +141,7 @@ def queries(function: str, arguments: dict[str, Any]) -> Tensor:
 def sequences(function: str, arguments: dict[str, Any]) -> list[Alone]:
     """Each sequence of the call."""
     q, slopes = queries(function, arguments), arguments.get("alibi_slopes")
+    sinks = arguments.get("s_aux")
     if "varlen" in function:
         starts = arguments["cu_seqlens" if "qkv" in arguments else "cu_seqlens_q"].tolist()
         q = [q[start:end] for start, end in zip(starts, starts[1:], strict=False)]
@@ -150,7 +154,8 @@ def sequences(function: str, arguments: dict[str, Any]) -> list[Alone]:
     every = []
     for b in range(len(q)):
         its_k, its_v = k_and_v_of(function, arguments, k, v, b)
-        every.append(Alone(q[b], its_k, its_v, slopes if slopes is None or slopes.ndim == 1 else slopes[b]))
+        its_slopes = slopes if slopes is None or slopes.ndim == 1 else slopes[b]
+        every.append(Alone(q[b], its_k, its_v, its_slopes, sinks))
     return every
 
 

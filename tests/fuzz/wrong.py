@@ -32,7 +32,7 @@ NUMBERS = {
 ATTENDED = ("q", "k", "v", "qkv", "kv", "k_cache", "v_cache", "out")
 INTS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "cache_seqlens", "cache_batch_idx")
 INTS += ("cache_leftpad", "block_table")
-OPTIONAL = ("k", "v", "rotary_cos", "rotary_sin", *INTS[2:], "alibi_slopes", "out", "unused_mask")
+OPTIONAL = ("k", "v", "rotary_cos", "rotary_sin", *INTS[2:], "alibi_slopes", "s_aux", "out", "unused_mask")
 PAD = "torch.nn.functional.pad"
 
 Given = dict[str, Any]  # the arguments of the valid call
@@ -188,6 +188,13 @@ def slopes(given: Given) -> Iterator[str]:
     yield f"alibi_slopes={PAD}(alibi_slopes, (0, 1))"
 
 
+def sinks(given: Given) -> Iterator[str]:
+    yield from (f"s_aux=s_aux.detach(){change}" for change in (".int()", "[None]", "[:0]", ".sum()"))
+    yield f"s_aux={PAD}(s_aux.detach(), (0, 1))"
+    if "k_cache" in given or "out" in given:
+        yield "s_aux=s_aux.clone().requires_grad_()"
+
+
 def padded(given: Given) -> Iterator[str]:
     yield f"hidden_states=hidden_states.{'sum' if 'indices' in given else 'flatten'}()"
     if "indices" in given:
@@ -206,4 +213,5 @@ TOGETHER = {
     **dict.fromkeys(("rotary_cos", "rotary_sin"), rotary),
     **dict.fromkeys(("hidden_states", "indices", "attention_mask"), padded),
     "alibi_slopes": slopes,
+    "s_aux": sinks,
 }

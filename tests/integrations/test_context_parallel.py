@@ -69,10 +69,10 @@ def check_ulysses(rank: int, world: int) -> None:
         )
     with pytest.raises(ValueError, match="heads of q"):
         ulysses(*(x[:, :, :1] for x in make(2, 48)))
-    slopes = torch.tensor([0.5, 0.25, 0.1, 0.01])
+    each = dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.01]), s_aux=torch.tensor([3.0, -1.0, 0.0, 1.0]))
     compare(
-        lambda *t: ulysses(*t, alibi_slopes=slopes),
-        lambda *t: mini.flash_attn_func(*t, alibi_slopes=slopes),
+        lambda *t: ulysses(*t, **each),
+        lambda *t: mini.flash_attn_func(*t, **each),
         make(2, 48),
         lambda x: x.chunk(world, 1)[rank],
     )

@@ -64,6 +64,8 @@ def check_dtensor(rank: int, world: int) -> None:
         mini.flash_attn_func(*parts, dropout_p=0.5)
     with pytest.raises(NotImplementedError, match="alibi_slopes"):
         mini.flash_attn_func(*parts, alibi_slopes=torch.rand(4))
+    with pytest.raises(NotImplementedError, match="s_aux"):
+        mini.flash_attn_func(*parts, s_aux=torch.rand(4))
     # Three key heads cannot be halved: 6 query heads each would meet the keys of others.
     tensors = [torch.randn(2, 9, heads, 16) for heads in (12, 3, 3)]
     parts = [distribute_tensor(x, mesh, [Shard(2)]) for x in tensors]

@@ -24,7 +24,19 @@ OPS = ops.OPERATORS
 # Compiled and eager run the same kernels; on a GPU gradients are summed up in any order.
 EXACT = dict(rtol=0, atol=0) if DEVICE == "cpu" else dict(rtol=2e-2, atol=2e-2)
 CLOSE = dict(rtol=1e-4, atol=1e-4) if DEVICE == "cpu" else dict(rtol=2e-2, atol=5e-2)
-PLAIN = *ops.DENSE, None, None, 0.0, None, True, -1, -1, 0.0, False  # the options of a causal dense call
+PLAIN = (
+    *ops.DENSE,
+    None,
+    None,
+    None,
+    0.0,
+    None,
+    True,
+    -1,
+    -1,
+    0.0,
+    False,
+)  # the options of a causal dense call
 SLOW = pytest.mark.full
 
 
@@ -87,6 +99,28 @@ def test_compiled_is_eager(options, dim) -> None:
         return mini.flash_attn_func(*qkv, **options)
 
     same(run(compiled(attention), tensors), run(attention, tensors))
+
+
+def test_compiled_sinks() -> None:
+    """They learn, and so alone; a step of a cache has them too."""
+    tensors = [*qkv(grad=True), tensor(4, grad=True)]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        out, lse, _ = mini.flash_attn_func(q, k, v, causal=True, s_aux=sinks, return_attn_probs=True)
+        return torch.cat((out.flatten(), lse.flatten()))
+
+    same(run(compiled(attention), tensors), run(attention, tensors), CLOSE)
+
+    def of_sinks(sinks: Tensor) -> Tensor:
+        return attention(*(x.detach() for x in tensors[:3]), sinks)
+
+    same(run(compiled(of_sinks), tensors[3:]), run(of_sinks, tensors[3:]), CLOSE)
+
+    def step(sinks: Tensor) -> Tensor:
+        return mini.flash_attn_with_kvcache(*tensors[:3], s_aux=sinks)
+
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(step)(tensors[3]), step(tensors[3]), **CLOSE)
 
 
 @pytest.mark.parametrize("function", ["qkvpacked", "kvpacked", "varlen_qkvpacked", "varlen_kvpacked"])
@@ -271,7 +305,8 @@ def test_opcheck_of_forward_and_backward() -> None:
     tensors = qkv(grad=True)
     opcheck(OPS.forward.default, (*tensors, *PLAIN))
     seed = torch.tensor([7], device=DEVICE)
-    opcheck(OPS.forward.default, (*tensors, *PLAIN[:6], seed, 0.2, *PLAIN[8:]))
+    sinks = torch.randn(4, device=DEVICE).requires_grad_()
+    opcheck(OPS.forward.default, (*tensors, *PLAIN[:6], sinks, seed, 0.2, *PLAIN[9:]))
     tensors, starts, longest = packed(grad=True)
     ragged = starts, starts, None, None, longest, *PLAIN[5:]
     opcheck(OPS.forward.default, (*tensors, *ragged))
@@ -285,7 +320,7 @@ def test_opcheck_of_cache() -> None:
     q, k, v = qkv(2, 1, 1)
     caches = [tensor(2, 24, 2, 16) for _ in range(2)]
     lengths = torch.tensor([3, 5], device=DEVICE).int()
-    options = lengths, *(None,) * 6, True, -1, -1, 0.0, 0
+    options = lengths, *(None,) * 5, torch.rand(4, device=DEVICE), None, True, -1, -1, 0.0, 0
     opcheck(OPS.cache.default, (q, *caches, *options))
     opcheck(OPS.cache_append.default, (q, *caches, k, v, None, None, True, *options))
 
@@ -405,6 +440,23 @@ def test_torch_func() -> None:
     same(pull_back(torch.ones_like(value)), wanted, CLOSE)
 
 
+def test_torch_func_of_sinks() -> None:
+    q, k, v = qkv()
+    sinks = torch.randn(4, device=DEVICE)
+
+    def loss_of(sinks: Tensor, q: Tensor) -> Tensor:
+        out, lse, _ = mini.flash_attn_func(q, k, v, s_aux=sinks, return_attn_probs=True)
+        return out.float().square().sum() + lse.sin().sum()
+
+    leaf = sinks.clone().requires_grad_()
+    wanted = [torch.autograd.grad(loss_of(leaf, x), leaf)[0] for x in (q, q + 1)]
+    same([torch.func.grad(loss_of)(sinks, q)], wanted[:1], CLOSE)
+    each = torch.vmap(torch.func.grad(loss_of), in_dims=(None, 0))(sinks, torch.stack([q, q + 1]))
+    same(each, wanted, CLOSE)
+    with pytest.raises(NotImplementedError, match="s_aux"):
+        torch.vmap(lambda x: mini.flash_attn_func(q, k, v, s_aux=x))(torch.stack([sinks, sinks]))
+
+
 def test_vmap_over_trained_weights() -> None:
     q, k, v = qkv(grad=True)
     batch = torch.stack([q, q + 1]).detach()
@@ -444,6 +496,13 @@ def test_forward_mode() -> None:
         for primal in (q, q.detach()):
             dual = forward_ad.unpack_dual(attention(forward_ad.make_dual(primal, tangent)))
             torch.testing.assert_close(dual.tangent, wanted, **close)
+    sinks, tangent = torch.randn(2, 4, dtype=torch.float64)
+
+    def of_sinks(sinks: Tensor) -> Tensor:
+        return mini.flash_attn_func(q, k, v, s_aux=sinks)
+
+    wanted = (of_sinks(sinks + h * tangent) - of_sinks(sinks - h * tangent)) / (2 * h)
+    torch.testing.assert_close(torch.func.jvp(of_sinks, (sinks,), (tangent,))[1], wanted, **close)
 
 
 def test_forward_mode_that_is_refused() -> None:
@@ -562,6 +621,10 @@ def test_refused_by_name() -> None:
             mini.flash_attn_func([1.0], k, v)
         with pytest.raises(ValueError, match="alibi_slopes gets no gradient"):
             mini.flash_attn_func(q, k, v, alibi_slopes=torch.ones(4, device=DEVICE, requires_grad=True))
+        with pytest.raises(TypeError, match="s_aux must be a torch.Tensor"):
+            mini.flash_attn_func(q, k, v, s_aux=[0.0] * 4)
+        with pytest.raises(ValueError, match="s_aux must have shape"):
+            mini.flash_attn_func(q, k, v, s_aux=torch.zeros(3, device=DEVICE))
         with pytest.raises(TypeError, match="causal must be a bool"):
             mini.flash_attn_func(q, k, v, causal="no")
         with pytest.raises(ValueError, match="but out requires one"):

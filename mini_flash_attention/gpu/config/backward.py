@@ -36,7 +36,10 @@ def workspace(
     q, k: (seqlen, heads); k's heads are those whose query heads are shared by thread blocks: all, or 0.
     """
     (seqlen_q, heads_q), (seqlen_k, heads_shared) = q, k
-    blocks, n_blocks = (batch, heads_q, -(-seqlen_q // row.tile_m)), -(-seqlen_k // row.tile_n)
+    m_blocks, n_blocks = -(-seqlen_q // row.tile_m), -(-seqlen_k // row.tile_n)
+    if row.sparse:  # whole blocks of a block mask are visited
+        m_blocks = -(-seqlen_q // 128) * (128 // row.tile_m)
+    blocks = batch, heads_q, m_blocks
     key_blocks = batch, heads_shared, n_blocks
     if row.ragged:
         blocks = 1, heads_q, packed_blocks(seqlen_q, row.tile_m, batch)
@@ -78,6 +81,7 @@ class BackwardSm90:
     score: Scoring = PLAIN  # kernels/parts/scores.py
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     dropout: bool = False  # kernels/parts/dropout.py
+    sparse: bool = False  # visits the blocks of a block mask alone: kernels/parts/sparse.py
 
     @property
     def factored(self) -> bool:
@@ -153,6 +157,7 @@ class BackwardSm80:
 
     kernel: ClassVar[str] = "backward.sm80"
     page: ClassVar[int] = 0
+    sparse: ClassVar[bool] = False
     arch: str
     dtype: str
     head_dim: int
@@ -259,7 +264,7 @@ def backward(
 ) -> BackwardConfig:
     """The configuration of the backward pass for a head dim of HEAD_DIMS on one path.
 
-    features: score, ragged and dropout, as in the configs.
+    features: score, ragged, dropout and, on sm90, sparse, as in the configs.
     """
     make = backward_sm80 if path == "sm80" else backward_sm90
     return make(arch, dtype, head_dim, mask, deterministic, **features)

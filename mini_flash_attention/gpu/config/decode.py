@@ -30,6 +30,7 @@ class Decode:
     pdl: bool  # each kernel is launched before the one in front of it is done, to wait for it: SM90 on
     score: Scoring = PLAIN  # kernels/parts/scores.py
     page: int = 0  # 1: k and v are pages, of any size
+    sinks: bool = False  # attention sinks: kernels/parts/softmax.py
 
     @property
     def row_warps(self) -> int:
@@ -109,12 +110,20 @@ DECODE_TILES_SMALL = {
 }
 
 
-def decode(arch: str, dtype: str, head_dim: int, rows: int, score: Scoring = PLAIN, page: int = 0) -> Decode:
+def decode(
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    rows: int,
+    score: Scoring = PLAIN,
+    page: int = 0,
+    sinks: bool = False,
+) -> Decode:
     """The configuration for a head dim of HEAD_DIMS and tiles of up to `rows` rows."""
     table = DECODE_TILES if SHARED_MEMORY[arch] > 100 * 1024 else DECODE_TILES_SMALL
     tile_m = 16 if rows <= 16 else 64
     pdl = is_sm90_or_newer(arch)
-    return Decode(arch, dtype, head_dim, tile_m, *table[head_dim][tile_m], pdl, score, page)
+    return Decode(arch, dtype, head_dim, tile_m, *table[head_dim][tile_m], pdl, score, page, sinks)
 
 
 def decode_configs(arch: str) -> Iterator[Decode]:

@@ -20,6 +20,7 @@ class ForwardSm80:
     """Every static fact of one forward.sm80 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "forward.sm80"
+    sparse: ClassVar[bool] = False
     arch: str
     dtype: str
     head_dim: int
@@ -31,6 +32,7 @@ class ForwardSm80:
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # 1: k and v are pages, of any size
     dropout: bool = False  # kernels/parts/dropout.py
+    sinks: bool = False  # attention sinks: kernels/parts/softmax.py
 
     def at(self, seqlen_q: int) -> "ForwardSm80":
         return self
@@ -56,7 +58,6 @@ class ForwardSm90:
     """Every static fact of one forward.sm90 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "forward.sm90"
-    stack: ClassVar[int] = 0
     arch: str
     dtype: str
     head_dim: int
@@ -71,6 +72,8 @@ class ForwardSm90:
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # what divides a page of k and v: one of SM90_PAGES; 0: no pages
     dropout: bool = False  # kernels/parts/dropout.py
+    sparse: bool = False  # visits the blocks of a block mask alone: kernels/parts/sparse.py
+    sinks: bool = False  # attention sinks: kernels/parts/softmax.py
     short: "ForwardSm90 | None" = None  # other tiles, in the same library, up to short_seqlen queries
     short_seqlen: int = 0
 
@@ -98,6 +101,12 @@ class ForwardSm90:
         return (40, 232) if self.ragged and not self.score else (24, 240)
 
     @property
+    def stack(self) -> int:
+        """Bytes of stack it may use: where functions of the scores spill, smaller tiles are slower (SM90_SCORED)."""
+        light = self.score and not self.score.heavy and not self.sparse
+        return 0 if not light else {64: 128, 128: 48}.get(self.head_dim, 0)
+
+    @property
     def staggered(self) -> bool:
         """Whether warpgroups may start at other blocks than the tile's first: none of their rows sees it."""
         return self.mask != "full" and self.tile_n < self.tile_m
@@ -121,13 +130,17 @@ def forward(
 ) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90").
 
-    features: score, ragged, page and dropout, as in the configs.
+    features: score, ragged, page, dropout, sinks and, on sm90, sparse, as in the configs.
     """
     if path == "sm80":
         table = SM80_TILES | SM80_DROPOUT if features.get("dropout") else SM80_TILES
         return ForwardSm80(arch, dtype, head_dim, mask, *of_row(table, head_dim, mask), **features)
-    if features.get("score") and head_dim in SM90_SCORED:
-        return ForwardSm90(arch, dtype, head_dim, mask, **SM90_SCORED[head_dim], **features)
+    score, sparse = features.get("score", PLAIN), features.get("sparse", False)
+    if sparse or (score and head_dim in SM90_SCORED):
+        table, heavy = (SM90_SPARSE, SM90_SPARSE_HEAVY) if sparse else (SM90_SCORED, SM90_HEAVY)
+        often = score.without_masks if sparse else score  # what is computed in more than a few blocks
+        tiles = heavy.get(head_dim, table[head_dim]) if often.heavy else table[head_dim]
+        return ForwardSm90(arch, dtype, head_dim, mask, **tiles, **features)
     row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask), **features)
     short, short_seqlen = None, 0
     for seqlen, differences in of_row(SM90_SHORT, head_dim, mask):
@@ -172,12 +185,36 @@ SM90_TILES = {
 # Keys that TMA copies at once, as many as divide a page; pages of other sizes are for the SM80 path.
 SM90_PAGES = (64, 16, 8)
 
-# With a score function: its registers come from smaller tiles.
+# With functions of the scores. Measured on an H200 (docs/worklog.md): 64: 192 rows are 15 to 20 % ahead of 128,
+# though they spill; 128: keys of 128 with Q in registers 3 to 6 % ahead of 112 without.
 SM90_SCORED = {
-    64: dict(tile_m=128, tile_n=128, stages=4),
+    64: dict(tile_m=192, tile_n=128),
     96: dict(tile_m=128, tile_n=128, stages=3),
-    128: dict(tile_m=128, tile_n=112),
+    128: dict(tile_m=128, tile_n=128, q_regs=True),
     192: dict(tile_m=128, tile_n=80, q_stages=1, ordered=False),
+}
+
+# With functions that take more registers: Scoring.heavy. Smaller tiles spill less: a table of biases is 1.7 times
+# as fast as with the tiles above.
+SM90_HEAVY = {
+    64: dict(tile_m=128, tile_n=128, stages=4),
+    128: dict(tile_m=128, tile_n=112),
+}
+
+# With a block mask, whose blocks are 128 queries and 128 keys. Measured on an H200: 128: 6 to 8 % ahead of 64
+# keys.
+SM90_SPARSE = {
+    64: dict(tile_m=128, tile_n=128, stages=4, q_regs=True, ordered=False),
+    96: dict(tile_m=128, tile_n=128, stages=3),
+    128: dict(tile_m=128, tile_n=128),
+    192: dict(tile_m=128, tile_n=64, q_stages=1, ordered=False),
+    256: dict(tile_m=128, tile_n=64, q_stages=1),
+}
+
+# The same with such functions.
+SM90_SPARSE_HEAVY = {
+    64: dict(tile_m=128, tile_n=128, stages=4),
+    128: dict(tile_m=128, tile_n=64, stages=4),
 }
 
 # head dim -> (longest seqlen_q, what differs), shortest first: smaller tiles waste less of a short sequence,

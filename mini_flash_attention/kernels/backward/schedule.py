@@ -11,6 +11,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from mini_flash_attention.kernels.calls import CU_SEQLENS_K, Backward, Ragged
+from mini_flash_attention.kernels.parts import sparse
 from mini_flash_attention.kernels.parts.blocks import (
     first_block,
     in_swaths,
@@ -29,6 +30,14 @@ class Sequence(NamedTuple):
     k: Keys
     room: Int32  # rows of its storage: those that do not count as keys have gradients too, zeros
     first_key_block: Int32  # the number of the first key block of its storage
+
+
+class Visits(NamedTuple):
+    """Which query blocks of one head a tile visits."""
+
+    first: Int32
+    last: Int32
+    partial: Int32  # with a block mask: positions before it need the mask
 
 
 class Block(NamedTuple):
@@ -70,6 +79,26 @@ class Block(NamedTuple):
         """(index into the batch's mode, number) of its keys in dkv_acc and key_turns."""
         x = self.sequence
         return (self.batch, self.n_block) if x is None else (Int32(0), x.first_key_block + self.n_block)
+
+
+@cute.jit
+def visits(config: cutlass.Constexpr, call: Backward, block: Block, head: Int32) -> Visits:
+    """The query blocks [first, last) of a head that see a key of the tile; with a block mask, positions."""
+    if const_expr(config.sparse):
+        found = sparse.visits(call.blocks, _row(config, block, head), config.tile_m)
+        return Visits(Int32(0), found.end, found.partial)
+    return Visits(block.first, block.last, Int32(0))
+
+
+def query_block(config, call: Backward, block: Block, head: Int32, x: Visits, position: Int32) -> Int32:
+    """The number of the query block at a position."""
+    if not config.sparse:
+        return position
+    return sparse.tile_at(call.blocks, _row(config, block, head), x.partial, config.tile_m, position)
+
+
+def _row(config, block: Block, head: Int32) -> sparse.Row:
+    return sparse.Row.of_tile(block.batch, head, block.n_block, config.tile_n)
 
 
 def uniform(block: Block) -> Block:

@@ -12,7 +12,7 @@ from cutlass.cute.nvgpu import warp, warpgroup
 
 from mini_flash_attention.kernels.backward import common, shared_keys
 from mini_flash_attention.kernels.backward import sm90_scores as scores
-from mini_flash_attention.kernels.backward.schedule import Block
+from mini_flash_attention.kernels.backward.schedule import Block, Visits, query_block, visits
 from mini_flash_attention.kernels.backward.sm90_produce import next_tile
 from mini_flash_attention.kernels.backward.sm90_records import (
     CONSUMERS,
@@ -96,16 +96,21 @@ def accumulate(config: cutlass.Constexpr, w: Work, block: Block, n: Int32, it: I
             clear_beyond(sX, sizes.seqlen_k, 64 * half, WG + w.wg)
     for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
         scores.set_head(w.score, block.batch, head)
-        for _ in cutlass.range(first - block.first, unroll=1):
+        x = visits(config, w.call, block, head)
+        begin, end = x.first, x.last
+        if const_expr(not config.sparse):
+            x = Visits(first, last, x.partial)
+        for _ in cutlass.range(x.first - begin, unroll=1):
             skip(w, it)
             it += 1
-        for m_block in cutlass.range(first, last, unroll=1):
-            at = scores.corner(config, key, m_block, free)
+        for position in cutlass.range(x.first, x.last, unroll=1):
+            m_block = query_block(config, w.call, block, head, x, position)
+            at = scores.corner(config, key, m_block, free, position < x.partial)
             if const_expr(config.ragged):
                 clear_queries(config, s, sizes, it, m_block, WG + w.wg)
             step(config, w, sizes, it, at)
             it += 1
-        for _ in cutlass.range(block.last - last, unroll=1):
+        for _ in cutlass.range(end - x.last, unroll=1):
             skip(w, it)
             it += 1
     return it

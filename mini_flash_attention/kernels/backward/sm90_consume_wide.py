@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from mini_flash_attention.kernels.backward import sm90_scores as scores
 from mini_flash_attention.kernels.backward.common import finish_dS
-from mini_flash_attention.kernels.backward.schedule import Block
+from mini_flash_attention.kernels.backward.schedule import Block, query_block, visits
 from mini_flash_attention.kernels.backward.shared_keys import DK, DV
 from mini_flash_attention.kernels.backward.sm90_consume import Gradient, hand_over, make_store, store
 from mini_flash_attention.kernels.backward.sm90_records import (
@@ -82,8 +82,10 @@ def accumulate_dV(config: cutlass.Constexpr, w: Work, block: Block):
         clear_beyond(s.sK[None, None, 0], sizes.seqlen_k, block.n_block * config.tile_n, WG)
     for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
         scores.set_head(w.score, block.batch, head)
-        for m_block in cutlass.range(block.first, block.last, unroll=1):
-            at = scores.corner(config, key, m_block, free)
+        x = visits(config, w.call, block, head)
+        for position in cutlass.range(x.first, x.last, unroll=1):
+            m_block = query_block(config, w.call, block, head, x, position)
+            at = scores.corner(config, key, m_block, free, position < x.partial)
             if const_expr(config.ragged):
                 clear_queries(config, s, sizes, it, m_block, WG)
             step_dV(config, w, sizes, it, at)
@@ -119,8 +121,10 @@ def accumulate_dK(config: cutlass.Constexpr, w: Work, block: Block):
     s.v_ring.wait_full(Int32(0))  # V is there, and stays
     if const_expr(config.ragged):
         clear_beyond(s.sV[None, None, 0], sizes.seqlen_k, block.n_block * config.tile_n, WG + 1)
-    for _ in cutlass.range(block.heads, unroll=1):
-        for m_block in cutlass.range(block.first, block.last, unroll=1):
+    for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
+        x = visits(config, w.call, block, head)
+        for position in cutlass.range(x.first, x.last, unroll=1):
+            m_block = query_block(config, w.call, block, head, x, position)
             if const_expr(config.ragged):
                 clear_queries(config, s, sizes, it, m_block, WG + 1)
             step_dK(config, w, it)

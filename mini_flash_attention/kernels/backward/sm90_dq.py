@@ -8,7 +8,14 @@ from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from mini_flash_attention.kernels.backward import sm90_dq_transposed
-from mini_flash_attention.kernels.backward.schedule import Block, pass_turn, turn, wait_turn
+from mini_flash_attention.kernels.backward.schedule import (
+    Block,
+    pass_turn,
+    query_block,
+    turn,
+    visits,
+    wait_turn,
+)
 from mini_flash_attention.kernels.backward.sm90_produce import next_tile
 from mini_flash_attention.kernels.backward.sm90_records import (
     DQ_WARP,
@@ -64,7 +71,9 @@ def add_tile(config: cutlass.Constexpr, w: Work, block: Block, n: Int32, it: Int
         sm90_dq_transposed.load_Kt(w.setup.dq, sK, w.K[0], w.tidx)
     before = w.call.mTurns.iterator  # the turns of the tile of dq_acc that was added to last
     for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
-        for m_block in cutlass.range(block.first, block.last, unroll=1):
+        x = visits(config, w.call, block, head)
+        for position in cutlass.range(x.first, x.last, unroll=1):
+            m_block = query_block(config, w.call, block, head, x, position)
             before = add_block(config, w, block, head, m_block, k_slot, it, before)
             it += 1
     if const_expr(config.deterministic):

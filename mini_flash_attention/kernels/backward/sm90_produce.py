@@ -8,7 +8,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from mini_flash_attention.kernels.backward.schedule import Block, find_block
+from mini_flash_attention.kernels.backward.schedule import Block, find_block, query_block, visits
 from mini_flash_attention.kernels.backward.sm90_records import Setup, Shared
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.sm90 import Ring, Tma, commit, load, release
@@ -37,7 +37,9 @@ def load_tile(
     load_keys(setup.k, block, s.sK, s.k_ring, n)
     start = it
     for head in cutlass.range(block.head, block.head + block.heads, unroll=1):
-        for m_block in cutlass.range(block.first, block.last, unroll=1):
+        x = visits(config, call, block, head)
+        for position in cutlass.range(x.first, x.last, unroll=1):
+            m_block = query_block(config, call, block, head, x, position)
             stats_size = 8 * config.tile_m  # bytes that arrive at Q's full barrier, too
             load(setup.q, q_start, m_block, head, q_batch, s.sQ, s.q_ring, it, more=stats_size)
             if it == start:

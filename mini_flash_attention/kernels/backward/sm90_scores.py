@@ -29,9 +29,12 @@ class Corner(NamedTuple):
     masked: Boolean  # some of the tile may not be seen
 
 
-def corner(config, key: Int32, m_block: Int32, free: tuple[Int32, Int32]) -> Corner:
-    """free: the query blocks that see all of the tile's keys (blocks.unmasked_queries)."""
-    masked = m_block >= free[1]
+def corner(config, key: Int32, m_block: Int32, free: tuple[Int32, Int32], partial: Boolean) -> Corner:
+    """free: the query blocks that see all of the tile's keys (blocks.unmasked_queries).
+
+    partial: with a block mask, whether that may hide some of the tile.
+    """
+    masked = partial if config.sparse else m_block >= free[1]
     if config.mask != "full":
         masked = masked | (m_block < free[0])
     return Corner(key, m_block * config.tile_m + 2 * (cute.arch.lane_idx() % 4), masked)
@@ -78,23 +81,41 @@ def probabilities(
     """acc_S <- P, from S. Returns P times the score's derivative, if that is not 1. stat: -LSE of the columns."""
     acc_F = cute.make_rmem_tensor(acc_S.layout, Float32) if const_expr(config.score.factored) else None
     keys = [at.key, at.key + 8]
-    if const_expr(config.score):
-        rows = index(at.key), index(at.key, 8)
-        batch, head, lengths = x.place[0], x.place[1], (sizes.seqlen_q, sizes.seqlen_k)
-        F = rows_cols(acc_F) if const_expr(acc_F is not None) else None
-        place = scores.Corner(batch, (head, head), rows, at.query, *lengths, transposed=True)
-        scores.transform(config, x.score, rows_cols(acc_S), place, F)
-        exponentials(acc_S, stat, acc_F)
-        if at.masked:
-            mask(config, sizes, acc_S, keys, at.query, 0.0)
-            if const_expr(acc_F is not None):
-                mask(config, sizes, acc_F, keys, at.query, 0.0)
-    else:
+    if const_expr(not config.score):
         if at.masked:
             mask(config, sizes, acc_S, keys, at.query)
         for i in cutlass.range_constexpr(cute.size(acc_S)):
             acc_S[i] = cute.math.exp2(acc_S[i] * x.scale_log2, fastmath=True)
+    elif const_expr(not (config.sparse and config.score.masked)) or at.masked:
+        transformed(config, sizes, x, acc_S, acc_F, stat, at, True)
+    else:
+        transformed(config, sizes, x, acc_S, acc_F, stat, at, False)
+    if const_expr(config.score):
+        if at.masked:
+            mask(config, sizes, acc_S, keys, at.query, 0.0)
+            if const_expr(acc_F is not None):
+                mask(config, sizes, acc_F, keys, at.query, 0.0)
     return acc_F
+
+
+@cute.jit
+def transformed(
+    config: cutlass.Constexpr,
+    sizes: Sizes,
+    x: HeadScore,
+    acc_S: cute.Tensor,
+    acc_F: cute.Tensor | None,
+    stat: cute.Tensor,
+    at: Corner,
+    masked: cutlass.Constexpr,
+):
+    """acc_S <- P, acc_F <- P times the score's derivative, by the functions; before the window."""
+    rows, lengths = (index(at.key), index(at.key, 8)), (sizes.seqlen_q, sizes.seqlen_k)
+    batch, head = x.place[0], x.place[1]
+    F = rows_cols(acc_F) if const_expr(acc_F is not None) else None
+    place = scores.Corner(batch, (head, head), rows, at.query, *lengths, transposed=True)
+    scores.transform(config, x.score, rows_cols(acc_S), place, F, masked)
+    exponentials(acc_S, stat, acc_F)
 
 
 @cute.jit

@@ -19,8 +19,8 @@ from mini_flash_attention.kernels.decode import combine, division, exchange
 from mini_flash_attention.kernels.decode.division import Tile, Warp
 from mini_flash_attention.kernels.parts import arguments
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, rows_cols, transposed
-from mini_flash_attention.kernels.parts.rest import clear_rest
 from mini_flash_attention.kernels.parts.numbers import index
+from mini_flash_attention.kernels.parts.rest import clear_rest
 from mini_flash_attention.kernels.parts.scores import Corner, scale_log2, transform
 from mini_flash_attention.kernels.parts.seqlen import clamp
 from mini_flash_attention.kernels.parts.sm80 import Operand, gemm, make_tiled_load, make_tiled_mma, operand_B

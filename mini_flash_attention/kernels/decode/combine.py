@@ -17,6 +17,7 @@ from mini_flash_attention.kernels.decode.division import Tile
 from mini_flash_attention.kernels.decode.splits import MAX_SPLITS
 from mini_flash_attention.kernels.parts.fragments import convert
 from mini_flash_attention.kernels.parts.numbers import LOG2_E
+from mini_flash_attention.kernels.parts.softmax import with_sink
 
 LOG2, NATURAL = 1.0, LOG2_E  # the unit of a logarithm, in log2
 
@@ -83,7 +84,7 @@ def kernel(config: cutlass.Constexpr, call: Decode, x: Partial):
     if mine:
         rows = make_rows(shape)
         rows.number[0] = number
-        merge(x, call.num_splits, rows, make_shared(memory.iterator, shape), lane)
+        merge(call, x, call.num_splits, rows, make_shared(memory.iterator, shape), lane)
         store(call, rows, 0, (batch, token, head), lane)
 
 
@@ -114,7 +115,7 @@ def merge_tile(
             row = warp + config.warps * r
             number = partial_row(call.mO, *tile.coords(row))
             rows.number[r] = number if tile.holds(row) else Int32(-1)
-        merge(x, tile.parts, rows, shared, lane)
+        merge(call, x, tile.parts, rows, shared, lane)
         for r in cutlass.range_constexpr(shape[2]):
             coords = tile.coords(warp + config.warps * r)
             if rows.number[r] >= 0:
@@ -122,11 +123,11 @@ def merge_tile(
 
 
 @cute.jit
-def merge(x: Partial, splits: Int32, rows: Rows, shared: Shared, lane: Int32):
+def merge(call: Decode, x: Partial, splits: Int32, rows: Rows, shared: Shared, lane: Int32):
     """O and LSE of the rows, by a warp."""
     rows.O.fill(0.0)
     start_copies(x, splits, rows, shared, Int32(0), lane)
-    share_out(x, splits, rows, shared.share, lane)
+    share_out(call, x, splits, rows, shared.share, lane)
     cute.arch.sync_warp()  # the shares of all lanes are there: each reads all
     first = Int32(0)
     while first < splits:
@@ -161,8 +162,11 @@ def start_copies(x: Partial, splits: Int32, rows: Rows, shared: Shared, first: I
 
 
 @cute.jit
-def share_out(x: Partial, splits: Int32, rows: Rows, share: cute.Tensor, lane: Int32):
-    """share (MAX_SPLITS, rows) <- what each split counts in O; rows.LSE <- the log-sum-exp of all."""
+def share_out(call: Decode, x: Partial, splits: Int32, rows: Rows, share: cute.Tensor, lane: Int32):
+    """share (MAX_SPLITS, rows) <- what each split counts in O; rows.LSE <- the log-sum-exp of all.
+
+    Here a row's sink joins, which no split has counted.
+    """
     splits_of_lane = MAX_SPLITS // 32  # lane, lane + 32, ...
     each = cute.make_rmem_tensor((splits_of_lane, cute.size(rows.number)), Float32)
     each.fill(-Float32.inf)
@@ -176,7 +180,11 @@ def share_out(x: Partial, splits: Int32, rows: Rows, share: cute.Tensor, lane: I
             total = Float32(0.0)
             for i in cutlass.range_constexpr(splits_of_lane):
                 total += each[i, r]
-            scale, rows.LSE[r] = normalise(largest, cute.arch.warp_reduction_sum(total), NATURAL)
+            sink = None
+            if const_expr(call.sinks is not None):
+                sink = call.sinks[rows.number[r] % call.mO.shape[2]]
+            total = cute.arch.warp_reduction_sum(total)
+            scale, rows.LSE[r] = normalise(largest, total, sink, NATURAL)
             for i in cutlass.range_constexpr(splits_of_lane):
                 share[lane + 32 * i, r] = each[i, r] * scale
 
@@ -199,9 +207,16 @@ def weigh(parts: cute.Tensor, unit: cutlass.Constexpr, lanes: cutlass.Constexpr 
 
 
 @cute.jit
-def normalise(largest: Float32, total: Float32, unit: cutlass.Constexpr):
-    """(1 / total, the log-sum-exp of the whole), from what `weigh` returns and the sum of all weights."""
+def normalise(largest: Float32, total: Float32, sink: Float32 | None, unit: cutlass.Constexpr):
+    """(1 / total, the log-sum-exp of the whole), from what `weigh` returns and the sum of all weights.
+
+    sink: the row's, in the same unit, or None: it is in the whole.
+    """
+    if const_expr(sink is not None):
+        largest, total, share = with_sink(largest, total, sink, unit)
     scale = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
+    if const_expr(sink is not None):
+        scale = scale * share
     lse = largest + cute.math.log2(total, fastmath=True) * Float32(1 / unit)
     return scale, Float32(-Float32.inf) if total == 0.0 else lse
 

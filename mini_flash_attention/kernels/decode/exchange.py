@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 
 from mini_flash_attention.gpu.config import ELEMENTS
 from mini_flash_attention.kernels.calls import Decode
 from mini_flash_attention.kernels.decode.combine import LOG2, Partial, normalise, partial_row, weigh
 from mini_flash_attention.kernels.decode.division import Tile, Warp
 from mini_flash_attention.kernels.parts.fragments import convert, rows_cols
+from mini_flash_attention.kernels.parts.scores import LOG2_E
 from mini_flash_attention.kernels.parts.softmax import LN_2, OnlineSoftmax
 
 
@@ -70,7 +71,10 @@ def store(config: cutlass.Constexpr, call: Decode, partial: Partial, tile: Tile,
                 cute.autovec_copy(cute.local_tile(x.sO[row, None, g], (ELEMENTS,), (piece,)), part)
                 for c in cutlass.range_constexpr(ELEMENTS):
                     O[c] += weights[g] * part[c]
-            scale, lse = normalise(offset, total, LOG2)
+            sink = None
+            if const_expr(call.sinks is not None):  # of several parts combine.share_out adds it, once
+                sink = call.sinks[coords[2]] * Float32(LOG2_E) if tile.alone else -Float32.inf
+            scale, lse = normalise(offset, total, sink, LOG2)
             for c in cutlass.range_constexpr(ELEMENTS):
                 O[c] = O[c] * scale
             store_piece(call, partial, tile, coords, piece, O, lse * Float32(LN_2))

@@ -7,24 +7,36 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from mini_flash_attention.kernels.calls import Forward
 from mini_flash_attention.kernels.parts import dropout
 from mini_flash_attention.kernels.parts.fragments import convert, rescale, rows_cols
-from mini_flash_attention.kernels.parts.numbers import index
+from mini_flash_attention.kernels.parts.numbers import LOG2_E, index
 from mini_flash_attention.kernels.parts.scheduler import Tile
 from mini_flash_attention.kernels.parts.scores import Corner, transform
 from mini_flash_attention.kernels.parts.seqlen import Sizes
 
 
 @cute.jit
-def to_scores(config: cutlass.Constexpr, w, sizes: Sizes, tile: Tile, m_block: Int32, n_block: Int32):
-    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies."""
+def to_scores(
+    config: cutlass.Constexpr,
+    w,
+    sizes: Sizes,
+    tile: Tile,
+    m_block: Int32,
+    n_block: Int32,
+    masked: cutlass.Constexpr = True,
+):
+    """acc_S <- its scores; plain ones differ by a factor only, which the softmax applies.
+
+    masked: as in scores.transform.
+    """
     if const_expr(config.score):
         S, rc = rows_cols(w.acc_S), rows_cols(w.coords)
         first = m_block * config.tile_m + rc[0, 0][0]
         rows = tuple(index(first, row_offset(config, r)) for r in range(cute.size(S, mode=[0])))
         column = n_block * config.tile_n + rc[0, 0][1]
         at = Corner(tile.batch, (tile.head,) * len(rows), rows, column, sizes.seqlen_q, sizes.seqlen_k)
-        transform(config, w.call.score, S, at)
+        transform(config, w.call.score, S, at, masked=masked)
 
 
 def row_offset(config, r: int) -> int:
@@ -62,6 +74,11 @@ def drop(config: cutlass.Constexpr, w, P: cute.Tensor, batch_head: Int32, m_bloc
     rows = tuple(m_block * config.tile_m + rc[r, 0][0] for r in range(0, cute.size(rc, mode=[0]), 2))
     dropout.mark(w.call.dropout, P, rows, n_block * config.tile_n + rc[0, 0][1], batch_head)
     dropout.keep(P, P)
+
+
+def sink_of(call: Forward, head: Int32) -> Float32 | None:
+    """The sink of a head's rows in log2 units; None: there are none."""
+    return None if call.sinks is None else call.sinks[head] * Float32(LOG2_E)
 
 
 @cute.jit

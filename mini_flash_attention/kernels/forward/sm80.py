@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from mini_flash_attention.kernels.calls import Forward
-from mini_flash_attention.kernels.forward.common import drop, mask, normalise, to_scores
+from mini_flash_attention.kernels.forward.common import drop, mask, normalise, sink_of, to_scores
 from mini_flash_attention.kernels.parts import arguments
 from mini_flash_attention.kernels.parts.blocks import Walk
 from mini_flash_attention.kernels.parts.fragments import (
@@ -206,7 +206,7 @@ def masked_end(config, w: Work) -> Int32:
 @cute.jit
 def store_O(config: cutlass.Constexpr, w: Work, tile: Tile):
     """Normalise O, store it and the log-sum-exp."""
-    w.softmax.finish()
+    w.softmax.finish(sink_of(w.call, tile.head))
     O = normalise(config, w)
     (batch, start), rc, lane = tile.q_rows, rows_cols(w.coords), w.tidx % 32
     rows = cute.make_rmem_tensor(cute.size(w.softmax.offset), Int32)

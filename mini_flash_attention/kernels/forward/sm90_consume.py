@@ -9,11 +9,10 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from mini_flash_attention.kernels.calls import Forward
-from mini_flash_attention.kernels.forward.common import drop, mask, to_scores
-from mini_flash_attention.kernels.forward.sm90_produce import read_tile
+from mini_flash_attention.kernels.forward.common import drop, mask, sink_of, to_scores
+from mini_flash_attention.kernels.forward.sm90_produce import key_block, read_tile, walk_of
 from mini_flash_attention.kernels.forward.sm90_records import TURN, WG, Job, Setup, Shared, Work, make_work
 from mini_flash_attention.kernels.forward.sm90_store import store
-from mini_flash_attention.kernels.parts.blocks import Walk
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, rows_cols
 from mini_flash_attention.kernels.parts.scheduler import Tile
 from mini_flash_attention.kernels.parts.seqlen import Sizes
@@ -35,7 +34,7 @@ def consume(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
     while tile.m_block >= 0:
         if const_expr(config.q_stages == 1):
             first_S(config, w, tile, t, it, skipped)
-        job = Job(t, tile, tile.sizes(setup.sizes), walk_of(config, setup.sizes, w, tile))
+        job = make_job(config, setup.sizes, w, tile, t)
         first_P(config, w, job)
         it = skip_values(config, w, it, skipped)
         if const_expr(call.ragged is not None):
@@ -49,7 +48,7 @@ def consume(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
             release(w.s.q_ring, t, w.lane)  # all S of the tile are there: the next Q may come
         tile_next = read_tile(s, call.ragged, t + 1, w.lane)
         skipped = skipped_blocks(config, setup.sizes, w, tile_next)
-        last_O(config, w, tile_next, t, it, skipped)
+        last_O(config, w, job, tile_next, it, skipped)
         store(config, w, job)
         t += 1
         it += 1
@@ -57,12 +56,16 @@ def consume(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
     wait_for_O(w)  # else shared memory would be gone before the last O has left it
 
 
-def walk_of(config, all_sizes: Sizes, w: Work, tile: Tile) -> Walk:
-    """blocks.walk of this WG."""
+@cute.jit
+def make_job(config: cutlass.Constexpr, all_sizes: Sizes, w: Work, tile: Tile, t: Int32) -> Job:
     sizes = tile.sizes(all_sizes)
-    if config.staggered:
-        return sizes.walk_of_wg(config, tile.m_block, w.wg)
-    return sizes.walk(config, tile.m_block)
+    walk = walk_of(config, all_sizes, tile)
+    if const_expr(config.sparse):
+        seqlen_k = sizes.seqlen_k if tile.visits.end > 0 else Int32(0)
+        sizes = sizes.of(sizes.seqlen_q, seqlen_k)  # without blocks one is visited all the same, hidden
+    elif const_expr(config.staggered):
+        walk = sizes.walk_of_wg(config, tile.m_block, w.wg)
+    return Job(t, tile, sizes, walk)
 
 
 @cute.jit
@@ -84,11 +87,17 @@ def first_P(config: cutlass.Constexpr, w: Work, job: Job):
     tile, start = job.tile, job.walk.start
     if const_expr(config.dropout):
         w.batch_head[0] = tile.batch * job.sizes.heads + tile.head
-    to_scores(config, w, job.sizes, tile, tile.m_block, start)
+    n_block = key_block(config, w.call, tile, start)
+    if const_expr(not config.sparse):
+        to_scores(config, w, job.sizes, tile, tile.m_block, n_block)
     if start >= job.walk.free_end:  # else every row sees it whole
-        mask(config, w, job.sizes, tile.m_block, start)
+        if const_expr(config.sparse):
+            to_scores(config, w, job.sizes, tile, tile.m_block, n_block)
+        mask(config, w, job.sizes, tile.m_block, n_block)
+    elif const_expr(config.sparse):
+        to_scores(config, w, job.sizes, tile, tile.m_block, n_block, False)
     w.softmax.first(w.acc_S)
-    to_operand(config, w, job, start)
+    to_operand(config, w, job, n_block)
     w.acc_O.fill(0.0)
 
 
@@ -115,10 +124,14 @@ def later_blocks(config: cutlass.Constexpr, w: Work, job: Job, it: Int32) -> Int
 def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32, masked: cutlass.Constexpr):
     """S of the next block (ring use it + 1) under O += P·V of the one before (use it); then S becomes P.
 
+    n_block: its position in the walk.
+
     A block without a mask takes no maximum: the rows keep their offsets, and the block's sums tell
     whether P stayed in range. Where it did not, for any of the WG's 64 rows, S is computed once more,
     the offsets are renewed, and False is returned: the caller then stops trusting this tile's offsets.
     """
+    n_block = key_block(config, w.call, job.tile, n_block)
+    with_masks = const_expr(masked or not config.sparse)
     w.s.k_ring.wait_full(it + 1)  # K has arrived: S reads it
     my_turn(config, w.wg)
     issue_S(config, w, job.t, it + 1)
@@ -126,7 +139,7 @@ def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32
     issue_O(w, it)
     next_turn(config, w.wg)
     warpgroup.wait_group(1)  # S is there: it may be read; P·V runs on
-    to_scores(config, w, job.sizes, job.tile, job.tile.m_block, n_block)
+    to_scores(config, w, job.sizes, job.tile, job.tile.m_block, n_block, with_masks)
     w.sums.fill(0.0)
     ok = Boolean(True)
     if const_expr(masked):
@@ -141,7 +154,7 @@ def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32
         if not ok:
             issue_S(config, w, job.t, it + 1)
             warpgroup.wait_group(0)  # S is there once more: it may be read
-            to_scores(config, w, job.sizes, job.tile, job.tile.m_block, n_block)
+            to_scores(config, w, job.sizes, job.tile, job.tile.m_block, n_block, with_masks)
             w.sums.fill(0.0)
             w.softmax.renew(w.acc_S, w.acc_O, w.sums, config.score.hides)
         release(w.s.k_ring, it + 1, w.lane)  # K may be overwritten; not earlier: S needed it once more
@@ -153,25 +166,26 @@ def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32
 
 
 @cute.jit
-def last_O(config: cutlass.Constexpr, w: Work, tile_next: Tile, t: Int32, it: Int32, skipped: Int32):
+def last_O(config: cutlass.Constexpr, w: Work, job: Job, tile_next: Tile, it: Int32, skipped: Int32):
     """A tile's last P·V (ring use it), with the first S of the next tile if there are two Q buffers.
 
     skipped: of the next tile. After the last tile there is no Q or K to wait for (nor before the first, if
     there is none): S is made of what lies in the slots, nobody reads it, and the release of K has no load
     before it, since the producer has finished.
     """
-    it_next = it + 1
+    t, it_next = job.t, it + 1
     if const_expr(config.q_stages == 2):
         if tile_next.m_block >= 0:
             it_next = wait_for_operands(config, w, t + 1, it_next, skipped)
         load_Q(config, w, t + 1)
+    sink = sink_of(w.call, job.tile.head)
     w.s.v_ring.wait_full(it)  # V has arrived: P·V reads it
     my_turn(config, w.wg)
     if const_expr(config.q_stages == 2):
         issue_S(config, w, t + 1, it_next)
     issue_O(w, it)
     next_turn(config, w.wg)
-    w.softmax.finish()
+    w.softmax.finish(sink)
     warpgroup.wait_group(0)  # O is complete and the next S there: they may be read
     release(w.s.v_ring, it, w.lane)  # V may be overwritten
     if const_expr(config.q_stages == 2):

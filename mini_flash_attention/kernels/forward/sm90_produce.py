@@ -12,6 +12,8 @@ from cutlass.block import block_copy
 
 from mini_flash_attention.kernels.calls import CU_SEQLENS_Q, Forward, Ragged
 from mini_flash_attention.kernels.forward.sm90_records import Setup, Shared
+from mini_flash_attention.kernels.parts import sparse
+from mini_flash_attention.kernels.parts.blocks import Walk
 from mini_flash_attention.kernels.parts.scheduler import Place, Tile, is_tile, num_tiles, seek, tile_at
 from mini_flash_attention.kernels.parts.seqlen import Keys, Queries, Sizes
 from mini_flash_attention.kernels.parts.sm90 import Ring, Tma, expect, load, release
@@ -49,24 +51,29 @@ def produce(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
     has_Q = Boolean(False)  # this tile's Q is on its way
     while is_tile(config, call, sizes, number, place):
         tile = tile_at(config, call, sizes, number, place)
+        if const_expr(config.sparse):
+            row = sparse.Row.of_tile(tile.batch, tile.head, tile.m_block, config.tile_m)
+            tile = tile._replace(visits=sparse.visits(call.blocks, row, config.tile_n))
         drawn = Int32(0)
         s.t_ring.wait_empty(t)  # all consumer warps have read what this slot of sTile said two tiles ago
         if lane == 0:
             announce(s, t, tile)
             if total > grid:  # else each thread block has one tile, and there is no counter
                 drawn = draw(call.counter.iterator)
-        start, _, _, first = tile.sizes(sizes).walk(config, tile.m_block)
+        start, _, _, first = walk_of(config, sizes, tile)
         pieces = look_up(config, call, tile, start)
         ahead = look_up(config, call, tile, start - 1)
-        load_keys(config, sizes, tile, pieces, K, start, it)
+        load_keys(config, sizes, tile, pieces, K, key_block(config, call, tile, start), it)
         if not has_Q:
             load_Q(Q, tile, t)
         has_Q = Boolean(False)
         number = grid + cute.arch.shuffle_sync(drawn, 0)  # all lanes take the tile that lane 0 has drawn
         place_next = place
         for i in cutlass.range(start - first, unroll=1):
-            load_keys(config, sizes, tile, ahead, K, start - 1 - i, it + 1)
-            load_keys(config, sizes, tile, pieces, V, start - i, it)
+            n_block = key_block(config, call, tile, start - i)
+            n_ahead = key_block(config, call, tile, start - 1 - i)
+            load_keys(config, sizes, tile, ahead, K, n_ahead, it + 1)
+            load_keys(config, sizes, tile, pieces, V, n_block, it)
             pieces, ahead = ahead, look_up(config, call, tile, start - 2 - i)
             it += 1
             # K's slots have all been asked for. Not earlier: the load of Q waits until the previous O has
@@ -74,7 +81,8 @@ def produce(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
             if i == config.stages - 2:
                 place_next = seek(config, call, sizes, number, place)
                 has_Q = load_next_Q(config, call, sizes, Q, number, place_next, t + 1, has_Q)
-        load_keys(config, sizes, tile, pieces, V, cutlass.min(start, first), it)
+        n_block = key_block(config, call, tile, cutlass.min(start, first))
+        load_keys(config, sizes, tile, pieces, V, n_block, it)
         place = seek(config, call, sizes, number, place_next)
         it += 1
         t += 1
@@ -83,6 +91,22 @@ def produce(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
         announce(s, t, Tile(Int32(-1), Int32(0), Int32(0)))
         if total > grid:
             reset_when_last(call.counter, grid)
+
+
+@cute.jit
+def walk_of(config: cutlass.Constexpr, sizes: Sizes, tile: Tile) -> Walk:
+    """blocks.walk of a tile; with a block mask over positions in its lists."""
+    if const_expr(config.sparse):
+        return sparse.walk(tile.visits)
+    return tile.sizes(sizes).walk(config, tile.m_block)
+
+
+def key_block(config, call: Forward, tile: Tile, position: Int32) -> Int32:
+    """The number of the key block at a position of the walk: with a block mask from its lists."""
+    if not config.sparse:
+        return position
+    row = sparse.Row.of_tile(tile.batch, tile.head, tile.m_block, config.tile_m)
+    return sparse.tile_at(call.blocks, row, tile.visits.partial, config.tile_n, position)
 
 
 @cute.jit
@@ -172,6 +196,8 @@ def announce(s: Shared, t: Int32, tile: Tile):
     s.sTile[0, slot], s.sTile[1, slot], s.sTile[2, slot] = tile.m_block, tile.head, tile.batch
     if const_expr(tile.q is not None):
         s.sTile[3, slot], s.sTile[4, slot], s.sTile[5, slot] = tile.q.start, tile.q.seqlen, tile.k.seqlen
+    if const_expr(tile.visits is not None):
+        s.sTile[3, slot], s.sTile[4, slot] = tile.visits
     cute.arch.mbarrier_arrive(s.t_ring.full + slot)  # sTile is written: the consumers may read it
 
 
@@ -183,6 +209,8 @@ def read_tile(s: Shared, ragged: Ragged | None, t: Int32, lane: Int32) -> Tile:
     # make_warp_uniform is a shuffle: all lanes have read before lane 0 releases the slot.
     numbers = [cute.arch.make_warp_uniform(s.sTile[i, slot]) for i in range(cute.size(s.sTile, mode=[0]))]
     release(s.t_ring, t, lane)  # `announce` may overwrite it
+    if const_expr(len(numbers) == 5):
+        return Tile(*numbers[:3], visits=sparse.Visits(*numbers[3:]))
     if const_expr(ragged is None):
         return Tile(*numbers)
     m_block, head, batch, start, seqlen_q, seqlen_k = numbers

@@ -86,7 +86,9 @@ def make_shared(config, call: Forward, setup: Setup) -> Shared:
     smem, dtype = SmemAllocator(), call.mO.element_type
     layouts = setup.sQ_layout, setup.sKV_layout, setup.sKV_layout
     sQ, sK, sV = (allocate(smem, dtype, layout) for layout in layouts)
-    sTile = smem.allocate_tensor(Int32, cute.make_layout((3 if call.ragged is None else 6, 2)), 16)
+    sTile = smem.allocate_tensor(
+        Int32, cute.make_layout((5 if config.sparse else 3 if call.ragged is None else 6, 2)), 16
+    )
     rings = (make_ring(smem, n) for n in (config.q_stages, config.stages, config.stages, 2))
     return Shared(sQ, sK, sV, sTile, *rings)
 

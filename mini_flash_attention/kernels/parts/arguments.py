@@ -9,7 +9,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 
 from mini_flash_attention.gpu.config import ELEMENTS
 from mini_flash_attention.kernels import calls
-from mini_flash_attention.kernels.calls import Dropout, Ragged, Rotary, Score
+from mini_flash_attention.kernels.calls import Blocks, Dropout, Ragged, Rotary, Score
 
 NUMBER = Int32(1)  # any int32
 CAPTURED = {
@@ -49,7 +49,8 @@ def forward(config) -> calls.Forward:
     q, o, k, v, lse = attention(config, 2, 2, 1)
     ragged = fake_ragged() if config.ragged else None
     persistent = (NUMBER, counters()) if config.kernel == "forward.sm90" else ()
-    numbers = fake_score(config), NUMBER, NUMBER, ragged, fake_dropout(config), NUMBER
+    numbers = fake_score(config), NUMBER, NUMBER, ragged, fake_dropout(config), fake_sinks(config), NUMBER
+    numbers = *numbers, fake_blocks(config)
     return calls.Forward(q, k, v, o, lse, *numbers, *persistent)
 
 
@@ -70,13 +71,14 @@ def backward(config) -> calls.Backward:
     count = tuple(cute.sym_int() for _ in range(3))
     dkv_acc = blocks((2, *count), config.tile_n * config.head_dim)
     persistent = (NUMBER,) if config.kernel == "backward.sm90" else ()
-    return calls.Backward(*tensors, *numbers, turns, NUMBER, dkv_acc, key_turns, *persistent)
+    shared = turns, NUMBER, dkv_acc, key_turns, fake_blocks(config)
+    return calls.Backward(*tensors, *numbers, *shared, *persistent)
 
 
 def decode(config) -> calls.Decode:
     """Of decode/attend.py."""
     q, o, k, v, lse = attention(config, 2, 2, 1)
-    numbers = fake_score(config), NUMBER, NUMBER, fake_ragged(), NUMBER, NUMBER
+    numbers = fake_score(config), NUMBER, NUMBER, fake_ragged(), fake_sinks(config), NUMBER, NUMBER
     return calls.Decode(q, k, v, o, lse, workspace(), *numbers, counters())
 
 
@@ -121,6 +123,25 @@ def fake_dropout(config) -> Dropout | None:
     if not config.dropout:
         return None
     return Dropout(make_fake_compact_tensor(Int32, (2,)), NUMBER, Float32(1))
+
+
+def fake_sinks(config) -> cute.Tensor | None:
+    """(h) float32."""
+    return make_fake_compact_tensor(Float32, (cute.sym_int(),)) if config.sinks else None
+
+
+def fake_blocks(config) -> Blocks | None:
+    """Of configs that have no sparse, too."""
+    if not getattr(config, "sparse", False):
+        return None
+    count, indices = (
+        make_fake_tensor(Int32, tuple(cute.sym_int() for _ in range(rank)), stride=stride, assumed_align=4)
+        for rank, stride in (
+            (3, (cute.sym_int64(), cute.sym_int64(), 1)),
+            (4, (*(cute.sym_int64() for _ in range(3)), 1)),
+        )
+    )
+    return Blocks(count, indices, count, indices)
 
 
 def fake_ragged() -> Ragged:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32
+from cutlass import Boolean, Float32, Int32
 from cutlass._mlir.dialects import arith
 
 LOG2_E = 1.4426950408889634
@@ -179,7 +179,7 @@ class KernelOps:
     def load(self, tensor: cute.Tensor, index: list[Any]) -> Any:
         """An index out of range becomes the last one: unsigned, a negative one is large."""
         ends = zip(index, tensor.shape, strict=False)
-        index = [Int32(cutlass.min(Uint32(self.number(i)), Uint32(n - 1))) for i, n in ends]
+        index = [smaller_unsigned(Int32(self.number(i)), Int32(n - 1)) for i, n in ends]
         x = tensor[tuple(index) or 0]  # 0: of a tensor without dimensions
         if tensor.element_type is cutlass.Uint8:
             return x != 0
@@ -189,6 +189,10 @@ class KernelOps:
         if kind == "float":
             return self.floating(a)
         return self.number(a).to(Int32) if kind == "int" else self.number(a) != 0
+
+
+def smaller_unsigned(a: Int32, b: Int32) -> Int32:
+    return Int32(arith.minui(a.ir_value(), b.ir_value()))
 
 
 KERNEL_OPS = KernelOps()

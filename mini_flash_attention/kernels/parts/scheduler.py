@@ -9,6 +9,7 @@ from cutlass import Boolean, Int32, const_expr
 from mini_flash_attention.kernels.calls import CU_SEQLENS_Q, Forward
 from mini_flash_attention.kernels.parts.blocks import in_swaths
 from mini_flash_attention.kernels.parts.seqlen import Keys, Queries, Sizes, keys, queries
+from mini_flash_attention.kernels.parts.sparse import Visits
 
 
 class Place(NamedTuple):
@@ -25,6 +26,7 @@ class Tile(NamedTuple):
     batch: Int32  # the sequence
     q: Queries | None = None  # ragged batches only
     k: Keys | None = None
+    visits: Visits | None = None  # with a block mask, once the producer has looked it up
 
     def sizes(self, sizes: Sizes) -> Sizes:
         """The sizes of the tile's sequence."""
@@ -45,7 +47,7 @@ def uniform(tile: Tile) -> Tile:
     """`tile`, equal in all lanes: said for the compiler, which keeps what follows in uniform registers."""
     same = cute.arch.make_warp_uniform
     numbers = (same(x) for x in tile[:3])
-    q, k = (x and type(x)(*map(same, x)) for x in tile[3:])
+    q, k = (x and type(x)(*map(same, x)) for x in tile[3:5])
     return Tile(*numbers, q, k)
 
 

@@ -11,7 +11,6 @@ from cutlass import Float32, Int32
 
 from mini_flash_attention.kernels.calls import Score
 from mini_flash_attention.kernels.parts.numbers import KERNEL_OPS, LOG2_E, Captured, Index, Scaled, index
-from mini_flash_attention.kernels.parts.seqlen import Sizes
 from mini_flash_attention.scores.capture import Place
 from mini_flash_attention.scores.numbers import Number
 
@@ -40,17 +39,22 @@ class Corner(NamedTuple):
 
 
 def transform(
-    config, score: Score, S: cute.Tensor, at: Corner, derivatives: cute.Tensor | None = None
+    config,
+    score: Score,
+    S: cute.Tensor,
+    at: Corner,
+    derivatives: cute.Tensor | None = None,
+    masked: bool = True,
 ) -> None:
-    """S <- scores, from Q·Kᵀ; before the mask. derivatives, if given, <- theirs with respect to S · scale.
+    """S <- scores, from Q·Kᵀ; before the window. derivatives, if given, <- theirs with respect to S · scale.
 
-    S: this thread's (rows, columns), see fragments.rows_cols.
+    masked: False where no mask_mod hides any. S: this thread's (rows, columns), see fragments.rows_cols.
     """
     captured = [x if isinstance(x, cute.Tensor) else Captured(x) for x in score.captured or ()]
     for r in range(cute.size(S, mode=[0])):
         for c in range(cute.size(S, mode=[1])):
             s = Number(KERNEL_OPS, Scaled(S[r, c], score.scale), None if derivatives is None else 1.0)
-            s = config.score.apply(KERNEL_OPS, captured, s, at.place(r, c))
+            s = config.score.apply(KERNEL_OPS, captured, s, at.place(r, c), masked)
             S[r, c] = KERNEL_OPS.floating(s.x)
             if derivatives is not None:
                 derivatives[r, c] = KERNEL_OPS.floating(0.0 if s.dx is None else s.dx)

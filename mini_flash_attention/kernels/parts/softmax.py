@@ -21,6 +21,19 @@ def local_max(row: cute.Tensor):
     return cute.arch.fmax(cute.arch.fmax(chain[0], chain[1]), cute.arch.fmax(chain[2], chain[3]))
 
 
+@cute.jit
+def with_sink(offset: Float32, total: Float32, sink: Float32, unit: cutlass.Constexpr = 1.0):
+    """(offset, total, share) of a row with its sink, one more key, whose value is 0: O shrinks by the share.
+
+    Whichever is larger, the offset or the sink, is the new offset: nothing overflows. unit: of both, in log2.
+    """
+    larger = cute.arch.fmax(offset, sink)
+    base = Float32(0.0) if larger == -Float32.inf else larger  # neither a key nor a sink: not -inf - -inf
+    share = cute.math.exp2((offset - base) * Float32(unit), fastmath=True)
+    total = total * share + cute.math.exp2((sink - base) * Float32(unit), fastmath=True)
+    return larger, total, share
+
+
 @dataclass(frozen=True)
 class OnlineSoftmax:
     """P = exp2(scale_log2 * S - offset), its sum for each row, and the rows' offsets.
@@ -80,11 +93,18 @@ class OnlineSoftmax:
         self.exponentials(S, sums, masked)
 
     @cute.jit
-    def finish(self):
-        """row_sum <- 1 / total (0 for a row without keys), offset <- log-sum-exp, natural logarithm."""
+    def finish(self, sink: Float32 | None):
+        """row_sum <- 1 / total (0 for a row without keys), offset <- log-sum-exp, natural logarithm.
+
+        sink: that of all rows, in log2 units, or None. It is in the total, and row_sum is what O is worth.
+        """
         for r in cutlass.range_constexpr(cute.size(self.offset)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
+            if const_expr(sink is not None):
+                self.offset[r], total, share = with_sink(self.offset[r], total, sink)
             empty = total == 0.0
             lse = (self.offset[r] + cute.math.log2(total, fastmath=True)) * Float32(LN_2)
             self.offset[r] = Float32(-Float32.inf) if empty else lse
             self.row_sum[r] = Float32(0.0) if empty else cute.arch.rcp_approx(total)
+            if const_expr(sink is not None):
+                self.row_sum[r] = self.row_sum[r] * share
