@@ -30,6 +30,7 @@ from mini_flash_attention import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
     masks,
+    reference,
 )
 from mini_flash_attention.problem import dense, with_functions
 from mini_flash_attention.scores import capture as capture_module
@@ -50,15 +51,41 @@ def check_dense(
     batch, seqlen_q, seqlen_k, heads_k = sizes
     q = random_leaf(batch, seqlen_q, HEADS, D, dtype=dtype)
     k, v = (random_leaf(batch, seqlen_k, heads_k, D, dtype=dtype) for _ in range(2))
+    learned = floats_captured_by(given)
     out, lse, dropped = flash_attn_func(q, k, v, **options, **given, return_attn_probs=True)
     expected = reference_options(options) | oracle
     if dropped is not None:
         expected |= {"dropout_mask": ~dropped.signbit(), "dropout_p": options["dropout_p"]}
     check_forward(out, lse, q, k, v, **expected)
-    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    found = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    (*found,) = torch.autograd.grad((out, lse), (q, k, v, *learned), grads)
     assert not any(x.isnan().any() for x in found)
-    check_gradients(found, dout, dlse, q, k, v, **expected)
+    check_gradients(tuple(found[:3]), *grads, q, k, v, **expected)
+    if dtype == torch.float64:
+        check_learned(learned, found[3:], floats_captured_by(oracle), [((q, k, v), expected, grads)])
+
+
+def floats_captured_by(functions: Options) -> list[Tensor]:
+    """From now on with gradients; in an order that other functions made alike share."""
+    cells = [cell.cell_contents for f in functions.values() for cell in f.__closure__ or ()]
+    tensors = [x for x in cells if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x.requires_grad_() for x in {id(x): x for x in tensors}.values()]
+
+
+def check_learned(learned: list[Tensor], found: list[Tensor], wide: list[Tensor], parts: list[Any]) -> None:
+    """Their gradients. wide: the oracle's, in float64. parts: q, k, v; the oracle's options; gradients."""
+    for x in wide:
+        x.grad = None
+    for tensors, options, grads in parts:
+        results = reference.attention(*(x.detach() for x in tensors), **options)
+        for result, grad in zip(results, grads, strict=True):
+            if result.requires_grad:
+                result.backward(grad, inputs=wide, retain_graph=True)
+    for x, got, y in zip(learned, found, wide, strict=True):
+        expected = torch.zeros_like(y) if y.grad is None else y.grad
+        assert got.dtype == x.dtype
+        error, largest = (got - expected).abs().max().item(), expected.abs().max().item()
+        assert error <= 2 * torch.finfo(x.dtype).eps * max(1, largest), (x.shape, x.dtype, error, largest)
 
 
 LENGTHS_Q, LENGTHS_K = (20, 0, 7, 30), (25, 9, 0, 31)
@@ -75,17 +102,24 @@ def check_varlen(given: Options, oracle: Options, options: Options, heads_k: int
         keys = tuple(to_pages(x.detach(), cu_k.tolist(), pages) for x in (k, v))
         where = {"block_table": pages, "seqused_k": torch.tensor(LENGTHS_K).int()}
     call = q, *keys, cu_q, None if paged else cu_k, 30, 31
+    learned = [] if paged else floats_captured_by(given)
     out, lse, _ = flash_attn_varlen_func(*call, **options, **where, **given, return_attn_probs=True)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    found = None if paged else torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    found, checked = [], []
+    if not paged:
+        (*found,) = torch.autograd.grad((out, lse), (q, k, v, *learned), (dout, dlse))
     for b in range(len(LENGTHS_Q)):
         rows, these = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
         parts = [x.detach()[None] for x in (q[rows], k[these], v[these])]
         expected = reference_options(options, b) | oracle | {"first": b}
         check_forward(out[None, rows], lse[None, :, rows], *parts, **expected)
-        if found is not None:
-            its = [x[None, part] for x, part in zip(found, (rows, these, these), strict=True)]
-            check_gradients(its, dout[None, rows], dlse[None, :, rows], *parts, **expected)
+        if not paged:
+            its = [x[None, part] for x, part in zip(found[:3], (rows, these, these), strict=True)]
+            grads = dout[None, rows], dlse[None, :, rows]
+            check_gradients(its, *grads, *parts, **expected)
+            checked.append((parts, expected, grads))
+    if not paged:
+        check_learned(learned, found[3:], floats_captured_by(oracle), checked)
 
 
 def to_pages(x: Tensor, starts: list[int], table: Tensor) -> Tensor:
