@@ -561,8 +561,8 @@ def _structure(code: types.CodeType, captured: frozenset[str], named: bool) -> t
         for x in code.co_consts
     ]
     used = {i.arg for i in loads if i.opcode in dis.hasconst}
-    if consts and 0 not in used:
-        consts[0] = ("docstring",)  # or None in its place
+    if 0 not in used and isinstance(code.co_consts[0], str | types.NoneType):
+        consts[0] = ("docstring",)
     counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
     parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if named else ()
     more = code.co_flags & ~inspect.CO_NESTED, getattr(code, "co_exceptiontable", b"")
