@@ -90,10 +90,10 @@ def flash_attn_func(
             & | ~ and torch.where, minimum, maximum, abs, exp, log, sqrt, tanh, sigmoid; it may capture
             numbers and tensors, which it indexes by integers: docs/masks.md. It is compiled into the kernel,
             with its derivative. q_idx and kv_idx count from 0, unlike the diagonal. As in FlexAttention.
-        mask_mod: mask_mod(batch, head, q_idx, kv_idx) returns whether the query sees the key, on top of causal
+        mask_mod: mask_mod(batch, head, q_idx, kv_idx) returns whether the query sees the key, beside causal
             and window_size. Written like score_mod.
-        block_mask: `create_block_mask(mask_mod, ...)` in the place of mask_mod, causal and window_size: blocks
-            that it hides are not visited. Or FlexAttention's.
+        block_mask: `create_block_mask(mask_mod, ...)` in the place of mask_mod, causal and window_size: the
+            Hopper kernels do not visit what it hides; others mask it. FlexAttention's is taken, too.
 
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.

@@ -321,8 +321,8 @@ def probability(name: str, value: float, compute: torch.dtype) -> float:
 def no_functions(watched: bool) -> None:
     if watched:
         raise NotImplementedError(
-            "score_mod and mask_mod: plain calls only, not torch.func, forward-mode derivatives, torch.export, "
-            "tensor subclasses, FLOP counters or selective checkpointing"
+            "score_mod and mask_mod: plain calls only, not torch.func, forward-mode derivatives, "
+            "torch.export, tensor subclasses, FLOP counters or selective checkpointing"
         )
 
 

@@ -1,4 +1,4 @@
-"""Functions of scores that people want, those of docs/masks.md, and awkward ones."""
+"""Functions of scores that people want, those of docs/masks.md, and awkward ones; with what they capture."""
 
 from collections.abc import Callable
 from typing import Any

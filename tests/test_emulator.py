@@ -377,6 +377,8 @@ BACKWARD = {
     ),
     "sm80-functions": (SM80 | {"d": 64}, {"window": CAUSAL} | functions("awkward", 1, 2, 200), {}),
     "sm90-functions": (SM90 | {"d": 64}, functions("awkward", 1, 2, 200), {}),
+    "sm80-temperature": (SM80 | {"d": 64}, functions("logit_temperature", 1, 2, 200), {}),
+    "sm90-temperature": (SM90 | {"d": 128}, functions("logit_temperature", 1, 2, 200), {}),
     "sm90-wide-late": (
         SM90 | {"d": 192},
         functions("late", 1, 2, 200) | functions("relative_bias", 1, 2, 200),

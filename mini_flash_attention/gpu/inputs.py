@@ -93,10 +93,8 @@ def score(of_plan: Score, x: Inputs, batch: int) -> Score:
     slopes = x.alibi_slopes
     if slopes is None and not x.captured:
         return of_plan
-    if slopes is None:
-        slopes = ()
-    else:  # (batch, heads), of stride 0 where the batch shares them
-        slopes = (slopes.expand(batch, -1).resolve_neg(),)
+    # (batch, heads), of stride 0 where the batch shares them
+    slopes = () if slopes is None else (slopes.expand(batch, -1).resolve_neg(),)
     return Score(of_plan.scale, (*(of_plan.captured or ()), *slopes, *map(_captured, x.captured)))
 
 

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from mini_flash_attention.scores.numbers import (
     CannotTrace,
+    Constant,
     Kinds,
     Number,
     Table,
     Torch,
     Uniform,
     is_int32,
-    is_one,
 )
 
 # What a function must not do: what happens outside of it happens once, when a kernel is compiled.
@@ -109,7 +109,8 @@ class Function:
         score, shared = Number(ops, "float", 1.0), Uniform("int")
         result = self.apply(ops, kinds, score, Place(shared, shared, "int", "int", shared, shared))
         self.work = ops.work
-        self.factored = not is_one(result.dx)  # whether the derivative must be computed
+        # Whether the derivative differs from score to score: else it is a number, or None is 0.
+        self.factored = not isinstance(result.dx, int | float | Constant)
         self.is_identity = result is score
 
     def __repr__(self) -> str:
@@ -154,7 +155,7 @@ class Function:
     def _wrapped(self, ops: Any, kind: str, value: Any) -> Any:
         name, _, ndim = kind.partition(" ")
         if not ndim:
-            return Number(ops, kind if isinstance(ops, Kinds) else value)
+            return Number(ops, Constant(kind) if isinstance(ops, Kinds) else value)
         table = Table(ops, name.partition(":")[0] if isinstance(ops, Kinds) else value, int(ndim))
         return table if table.ndim else table[()]
 
@@ -222,7 +223,7 @@ class Scoring(tuple):
 
     @property
     def factored(self) -> bool:
-        """Whether the derivative must be computed: it is not 1."""
+        """Whether the derivative differs from score to score."""
         return any(function.factored for function in self)
 
     @property
@@ -561,7 +562,7 @@ def _structure(code: types.CodeType, captured: frozenset[str], named: bool) -> t
         for x in code.co_consts
     ]
     used = {i.arg for i in loads if i.opcode in dis.hasconst}
-    if 0 not in used and isinstance(code.co_consts[0], str | types.NoneType):
+    if consts and 0 not in used and isinstance(code.co_consts[0], str | types.NoneType):
         consts[0] = ("docstring",)
     counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
     parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if named else ()

@@ -1,8 +1,8 @@
 """The numbers that a score function computes with, and what it may do to them.
 
 A `Number` carries its derivative with respect to the score, by the rules of calculus: no user writes one.
-What its numbers are is up to its `ops`: tensors, a kernel's registers, or no more than their kinds (Kinds),
-by which a function is checked before anything runs.
+What it holds is up to its `ops`: tensors, a kernel's registers, or no more than their kinds (Kinds), by which
+a function is checked before anything runs.
 """
 
 import functools
@@ -363,6 +363,10 @@ _operators()
 
 class Uniform(str):
     """The kind of a number that all scores of a tile share."""
+
+
+class Constant(str):
+    """The kind of a captured number, which all scores share."""
 
 
 class Kinds:

@@ -102,7 +102,7 @@ class ForwardSm90:
 
     @property
     def stack(self) -> int:
-        """Bytes of stack it may use: where functions of the scores spill, smaller tiles are slower (SM90_SCORED)."""
+        """Bytes of stack it may use: where functions spill, smaller tiles are slower (SM90_SCORED)."""
         light = self.score and not self.score.heavy and not self.sparse
         return 0 if not light else {64: 128, 128: 48}.get(self.head_dim, 0)
 
@@ -185,8 +185,8 @@ SM90_TILES = {
 # Keys that TMA copies at once, as many as divide a page; pages of other sizes are for the SM80 path.
 SM90_PAGES = (64, 16, 8)
 
-# With functions of the scores. Measured on an H200 (docs/worklog.md): 64: 192 rows are 15 to 20 % ahead of 128,
-# though they spill; 128: keys of 128 with Q in registers 3 to 6 % ahead of 112 without.
+# With functions of the scores. Measured on an H200 (docs/worklog.md): 64: 192 rows are 15 to 20 % ahead of
+# 128, though they spill; 128: keys of 128 with Q in registers 3 to 6 % ahead of 112 without.
 SM90_SCORED = {
     64: dict(tile_m=192, tile_n=128),
     96: dict(tile_m=128, tile_n=128, stages=3),
@@ -194,8 +194,8 @@ SM90_SCORED = {
     192: dict(tile_m=128, tile_n=80, q_stages=1, ordered=False),
 }
 
-# With functions that take more registers: Scoring.heavy. Smaller tiles spill less: a table of biases is 1.7 times
-# as fast as with the tiles above.
+# With functions that take more registers: Scoring.heavy. Smaller tiles spill less: a table of biases is 1.7
+# times as fast as with the tiles above.
 SM90_HEAVY = {
     64: dict(tile_m=128, tile_n=128, stages=4),
     128: dict(tile_m=128, tile_n=112),

@@ -8,6 +8,7 @@ from mini_flash_attention.kernels.backward import shared_keys
 from mini_flash_attention.kernels.backward.schedule import find_query_block
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.fragments import convert
+from mini_flash_attention.kernels.parts.scores import gradient_scale
 from mini_flash_attention.kernels.parts.seqlen import Sizes, sizes_of
 
 THREADS = 256
@@ -54,7 +55,7 @@ def round_dQ(config: cutlass.Constexpr, call: Backward):
         if r < left and 8 * chunk < gdQ.shape[1]:
             rdQ = cute.make_rmem_tensor(8, Float32)
             cute.autovec_copy(cute.local_tile(acc, (8,), (offset(config, r, chunk) // 8,)), rdQ)
-            rdQ.store(rdQ.load() * call.score.scale)
+            rdQ.store(rdQ.load() * gradient_scale(config, call.score))
             out = cute.make_rmem_tensor(8, gdQ.element_type)
             convert(rdQ, out)
             cute.autovec_copy(out, cute.local_tile(gdQ[first + r, None], (8,), (chunk,)))

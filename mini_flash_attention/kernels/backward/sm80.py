@@ -41,7 +41,7 @@ from mini_flash_attention.kernels.backward.sm80_scores import columns, probabili
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts import arguments
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, slice_of, transposed
-from mini_flash_attention.kernels.parts.scores import scale_log2
+from mini_flash_attention.kernels.parts.scores import gradient_scale, scale_log2
 from mini_flash_attention.kernels.parts.seqlen import sizes_of
 from mini_flash_attention.kernels.parts.sm80 import (
     Operand,
@@ -220,7 +220,7 @@ def finish(config: cutlass.Constexpr, w: Work, block: Block, at: Int32):
     """Scale dV or dK, and store it. No wait: a thread stores its own accumulators."""
     keys = w.keys(config)
     of_dV = w.call.dropout.rescale if const_expr(config.dropout) else Float32(1.0)
-    rescale = of_dV if side_of(at) == 0 else w.call.score.scale
+    rescale = of_dV if side_of(at) == 0 else gradient_scale(config, w.call.score)
     for i in cutlass.range_constexpr(cute.size(w.acc)):
         w.acc[i] = w.acc[i] * rescale
     if w.call.heads_per_tile < w.setup.sizes.group:

@@ -13,6 +13,7 @@ from mini_flash_attention.kernels.backward.schedule import find_query_block, tur
 from mini_flash_attention.kernels.backward.sm80_records import Place, Work
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.fragments import convert, quad_transpose, rows_cols, transposed
+from mini_flash_attention.kernels.parts.scores import gradient_scale
 from mini_flash_attention.kernels.parts.seqlen import Sizes
 from mini_flash_attention.kernels.parts.sm80 import add_to_global, gemm, opaque, operand_A, operand_B
 
@@ -98,7 +99,7 @@ def round_dQ(config: cutlass.Constexpr, call: Backward, tiled_mma: cute.TiledMma
     flat = cute.make_tensor(acc.iterator, cute.make_layout(layout.shape))
     cute.autovec_copy(cute.make_tensor(start, layout), flat)
     for i in cutlass.range_constexpr(cute.size(acc)):
-        acc[i] = acc[i] * call.score.scale
+        acc[i] = acc[i] * gradient_scale(config, call.score)
     gdQ = call.mdQ[batch, None, head, None]  # (sq, D)
     dQ = cute.make_rmem_tensor(acc.shape, gdQ.element_type)
     convert(acc, dQ)

@@ -81,7 +81,7 @@ def probabilities(config: cutlass.Constexpr, w: Work, x: Place, at: Int32, p: Op
 def scores_of(
     config: cutlass.Constexpr, w: Work, x: Place, S: cute.Tensor, acc_F: cute.Tensor | None, query: Int32
 ):
-    """S <- scores, of 16 queries; acc_F, if there is one, <- their derivatives. query: of the first column."""
+    """S <- scores, of 16 queries; acc_F <- their derivatives. query: of the first column."""
     key = w.keys(config)[0]
     rows = tuple(index(key, row_offset(config, r)) for r in range(cute.size(rows_cols(S), mode=[0])))
     batch, head, sizes = w.smem.find_block().batch, x.head(w), w.sizes()

@@ -26,6 +26,7 @@ from mini_flash_attention.kernels.backward.sm90_records import (
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.blocks import query_blocks, unmasked_queries
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, transposed
+from mini_flash_attention.kernels.parts.scores import gradient_scale
 from mini_flash_attention.kernels.parts.seqlen import Sizes
 from mini_flash_attention.kernels.parts.sm90 import Tma, commit, release, wgmma
 
@@ -171,7 +172,7 @@ def finish(config: cutlass.Constexpr, w: Work, block: Block, n: Int32):
     The dQ WG may still be reading K.
     """
     for i in cutlass.range_constexpr(cute.size(w.acc_dK)):
-        w.acc_dK[i] = w.acc_dK[i] * w.call.score.scale
+        w.acc_dK[i] = w.acc_dK[i] * gradient_scale(config, w.call.score)
         if const_expr(config.dropout):
             w.acc_dV[i] = w.acc_dV[i] * w.call.dropout.rescale
     if const_expr(config.persistent):  # the last wgmma has been waited for: the next tiles may be loaded

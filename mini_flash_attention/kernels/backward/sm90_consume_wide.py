@@ -28,6 +28,7 @@ from mini_flash_attention.kernels.backward.sm90_records import (
 from mini_flash_attention.kernels.calls import Backward
 from mini_flash_attention.kernels.parts.blocks import unmasked_queries
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, transposed
+from mini_flash_attention.kernels.parts.scores import gradient_scale
 from mini_flash_attention.kernels.parts.seqlen import Sizes
 from mini_flash_attention.kernels.parts.sm90 import commit, release, wgmma
 
@@ -65,7 +66,7 @@ def consume_wide(config: cutlass.Constexpr, call: Backward, setup: Setup, s: Sha
         w = make_work(config, call, setup, s, s.sV, s.sdO, s.sQ)
         accumulate_dK(config, w, block)
         for i in cutlass.range_constexpr(cute.size(w.acc_G)):
-            w.acc_G[i] = w.acc_G[i] * call.score.scale
+            w.acc_G[i] = w.acc_G[i] * gradient_scale(config, call.score)
         # Through a slot of Q: the dQ WG may still be reading K.
         sdK = cute.make_tensor(s.sQ.iterator, s.sK[None, None, 0].layout)
         store(config, w, block, (Gradient(DK, w.acc_G, sdK, setup.dk, call.mdK),), WG + 1)

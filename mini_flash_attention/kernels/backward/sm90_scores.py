@@ -78,7 +78,7 @@ def issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, 
 def probabilities(
     config: cutlass.Constexpr, sizes: Sizes, x: HeadScore, acc_S: cute.Tensor, stat: cute.Tensor, at: Corner
 ):
-    """acc_S <- P, from S. Returns P times the score's derivative, if that is not 1. stat: -LSE of the columns."""
+    """acc_S <- P, from S. Returns P times the derivative, if scores differ in that. stat: -LSE of columns."""
     acc_F = cute.make_rmem_tensor(acc_S.layout, Float32) if const_expr(config.score.factored) else None
     keys = [at.key, at.key + 8]
     if const_expr(not config.score):

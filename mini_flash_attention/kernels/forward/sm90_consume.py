@@ -240,7 +240,7 @@ def load_Q(config: cutlass.Constexpr, w: Work, t: Int32):
 def in_range(config: cutlass.Constexpr, w: Work):
     """Whether all sums of the WG, so all of its P, are far from overflow in P's dtype; not if one is NaN.
 
-    Nor where a row has no offset yet, since a function has hidden all its keys: this block may bring its first.
+    Nor where a row has no offset yet, as a function has hidden all its keys: this block may bring the first.
     """
     limit = 2.0**60 if const_expr(config.dtype == "bfloat16") else 2.0**15
     if const_expr(config.score.hides):

@@ -14,8 +14,8 @@ LOG2_E = 1.4426950408889634
 class Index(NamedTuple):
     """The integer base + offset, of which the compiler knows the offset, and the same as a float.
 
-    So differences and comparisons fold the offset of a column into a literal, and a row is converted to a float
-    once. What isn't used costs nothing. Floats are exact up to 2^24.
+    So differences and comparisons fold the offset of a column into a literal, and a row is converted to a
+    float once. What isn't used costs nothing. Floats are exact up to 2^24.
     """
 
     base: Int32

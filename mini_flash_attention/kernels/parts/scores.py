@@ -12,12 +12,27 @@ from cutlass import Float32, Int32
 from mini_flash_attention.kernels.calls import Score
 from mini_flash_attention.kernels.parts.numbers import KERNEL_OPS, LOG2_E, Captured, Index, Scaled, index
 from mini_flash_attention.scores.capture import Place
-from mini_flash_attention.scores.numbers import Number
+from mini_flash_attention.scores.numbers import Number, is_one
 
 
 def scale_log2(config, score: Score) -> Float32:
     """The softmax's factor: functions leave scores in natural units."""
     return Float32(LOG2_E) if config.score else score.scale * Float32(LOG2_E)
+
+
+def gradient_scale(config, score: Score) -> Float32:
+    """The factor of dQ and dK: the softmax scale, times the functions' derivative if that is one number."""
+    if not config.score or config.score.factored:
+        return score.scale
+    zero = Int32(0)
+    at = Corner(zero, (zero,), (index(zero),), zero, zero, zero)
+    s = Number(KERNEL_OPS, Scaled(Float32(0.0), score.scale), 1.0)
+    slope = config.score.apply(KERNEL_OPS, _captured(score), s, at.place(0, 0), masked=False).dx
+    return score.scale if is_one(slope) else score.scale * KERNEL_OPS.floating(slope)
+
+
+def _captured(score: Score) -> list:
+    return [x if isinstance(x, cute.Tensor) else Captured(x) for x in score.captured or ()]
 
 
 class Corner(NamedTuple):
@@ -50,7 +65,7 @@ def transform(
 
     masked: False where no mask_mod hides any. S: this thread's (rows, columns), see fragments.rows_cols.
     """
-    captured = [x if isinstance(x, cute.Tensor) else Captured(x) for x in score.captured or ()]
+    captured = _captured(score)
     for r in range(cute.size(S, mode=[0])):
         for c in range(cute.size(S, mode=[1])):
             s = Number(KERNEL_OPS, Scaled(S[r, c], score.scale), None if derivatives is None else 1.0)

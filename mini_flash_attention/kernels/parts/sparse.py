@@ -56,7 +56,7 @@ def tile_at(blocks: Blocks, row: Row, partial: Int32, tile: cutlass.Constexpr, p
     tiles = BLOCK // tile
     i, first = position // tiles, partial // tiles
     block = Int32(0)
-    if i < first:
+    if i < first:  # noqa: SIM108, the address of either is read only where it is meant
         block = blocks.partial_indices[(*row, i)]
     else:
         block = blocks.full_indices[(*row, i - first)]
