@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmark.models import SHAPES
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+CREATE = "create"  # the variant that makes a block mask, and attends to nothing
 PRODUCT = "matmul8192"  # the variant of a matrix product of that size, beside which the others can be read
 # Work of a direction: the forward pass is two matrix products, the backward pass five.
 _PASSES = {"fwd": 1.0, "bwd": 2.5, "fwdbwd": 3.5}
@@ -18,7 +19,7 @@ _PASSES = {"fwd": 1.0, "bwd": 2.5, "fwdbwd": 3.5}
 class Case:
     """One problem, named as in the columns of the result files. Lengths are tokens a sequence."""
 
-    suite: str  # prefill, models, varlen, decode, cpu or overhead; accuracy for cases that are not timed
+    suite: str  # one of results.SUITES; accuracy for cases that are not timed
     direction: str  # fwd, bwd or fwdbwd
     dtype: str  # a key of DTYPES
     batch: int
@@ -31,18 +32,21 @@ class Case:
     variant: str = "plain"
     window: int | None = None  # of a causal case: keys that a row sees beside its own
     lengths: tuple[int, ...] = ()  # of sequences packed one behind the other; seqlen_* is the longest
+    beside: tuple[str, ...] = ()  # of scores and masks: variants that are timed in turn with this one
+    ours_alone: bool = False  # of scores and masks: no peer is timed
+    visible: float = 1.0  # of masks: the share of pairs that the variant leaves
 
     @property
     def flops(self) -> float:
         """Floating-point operations of the matrix products, of the scores that the mask leaves.
 
-        These are areas between lines: a causal square is half, exactly.
+        These are areas between lines: a causal square is half, exactly. Of a mask function pairs are counted.
         """
         if self.variant == PRODUCT:
             return 2.0 * self.seqlen_q * self.seqlen_k * self.head_dim
         lengths = [(n, n) for n in self.lengths] or [(self.seqlen_q, self.seqlen_k)] * self.batch
         scores = sum(self._seen(*pair) for pair in lengths)
-        return 4.0 * self.heads_q * scores * self.head_dim * _PASSES[self.direction]
+        return 4.0 * self.heads_q * scores * self.visible * self.head_dim * _PASSES[self.direction]
 
     def _seen(self, seqlen_q: int, seqlen_k: int) -> float:
         seen = _below(seqlen_q, seqlen_k, 0) if self.causal else seqlen_q * seqlen_k
@@ -175,6 +179,40 @@ def decode(device: str) -> Iterator[Case]:
 def models(device: str) -> list[Case]:
     """Shapes of real models; their names and sources are in models.py."""
     return [] if device == "cpu" else [Case("models", *shape) for shape in SHAPES]
+
+
+_SCORES = ("identity", "scale-bias", "softcap", "softcap-builtin", "alibi", "alibi-builtin")
+_SCORES += ("relative-bias", "temperature", "sinks")
+_CAUSAL_SCORES = ("softcap", "softcap-builtin", "relative-bias")
+_MASKS = ("documents", "documents-varlen", "documents-causal", "documents-causal-varlen", "prefix")
+_MASKS += ("window1024", "window1024-builtin", "sink-window", "dilated", "per-head-windows", "blocks10")
+
+
+def scores(device: str) -> Iterator[Case]:
+    """Functions of the scores beside the plain kernel. Beside peers, who compile each shape, at 4k alone."""
+    for shape in _of_functions("scores", device):
+        for causal, beside in ((False, _SCORES), (True, _CAUSAL_SCORES)):
+            yield replace(shape, causal=causal, beside=beside, ours_alone=shape.seqlen_q != 4096)
+
+
+def masks(device: str) -> Iterator[Case]:
+    """Masks beside attention to everything; beside peers at 16k alone. A mask's own making, too."""
+    for shape in _of_functions("masks", device):
+        yield replace(shape, beside=_MASKS, ours_alone=shape.seqlen_q != 16384)
+        if shape.seqlen_q == 16384:
+            yield replace(shape, seqlen_q=32768, seqlen_k=32768, beside=("blocks10",), ours_alone=True)
+    if device != "cpu":
+        yield Case("masks", "fwd", "bf16", 1, 32768, 32768, 1, 1, 0, False, variant=CREATE)
+
+
+def _of_functions(suite: str, device: str) -> Iterator[Case]:
+    """16k tokens and hidden size 2048, as in the sweep."""
+    if device != "cpu":
+        for direction in ("fwd", "bwd"):
+            for head_dim in (64, 128):
+                for seqlen in (4096, 16384):
+                    shape = (16384 // seqlen, seqlen, 2048 // head_dim, head_dim)
+                    yield square(suite, direction, "bf16", shape, causal=False)
 
 
 def product() -> Case:

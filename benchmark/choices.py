@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from benchmark import cases, peers, results
@@ -17,6 +17,8 @@ SWEEPS = {
     "models": cases.models,
     "varlen": cases.varlen,
     "decode": cases.decode,
+    "scores": cases.scores,
+    "masks": cases.masks,
 }
 SECTIONS = ("accuracy", "classic", *SWEEPS, "overhead", "memory")
 FILTERS = {
@@ -83,8 +85,8 @@ def sections_and_cases(words: Iterable[str], device: str) -> tuple[Sequence[str]
     if nothing:
         machine = "CPU" if device == "cpu" else "GPU"
         raise ValueError(f"--only: {', '.join(nothing)}: nothing of this runs on a {machine}")
-    _check_filters(filters, [_facts(case) for every in sweeps.values() for case in every])
-    passed = {name: [case for case in every if _passes(case, filters)] for name, every in sweeps.items()}
+    _check_filters(filters, [case for every in sweeps.values() for case in every])
+    passed = {name: _passing(every, filters) for name, every in sweeps.items()}
     nothing = [name for name in named if passed.get(name) == []]
     if nothing or (filters and not any(passed.values())):
         filtered = " ".join(word for word in words if "=" in word)
@@ -94,26 +96,34 @@ def sections_and_cases(words: Iterable[str], device: str) -> tuple[Sequence[str]
     return sections, timed + (cases.overhead(device) if "overhead" in sections else [])
 
 
-def _check_filters(filters: Mapping[str, str], facts: Sequence[Mapping[str, object]]) -> None:
+def _check_filters(filters: Mapping[str, str], every: Sequence[Case]) -> None:
     """Each value is one of a case."""
-    if filters and not facts:
+    if filters and not every:
         raise ValueError(
             f"--only: {', '.join(filters)} filters {', '.join(SWEEPS)} alone, and none is chosen"
         )
     for key, values in filters.items():
-        there = {str(of_case[FILTERS[key]]): None for of_case in facts}
+        there = dict.fromkeys(value for case in every for value in _values(case, key))
         for value in values.split(","):
             if value not in there:
                 raise ValueError(f"--only: no case has {key}={value}: {key} is {', '.join(there)}")
 
 
-def _passes(case: Case, filters: Mapping[str, str]) -> bool:
-    facts = _facts(case)
-    return all(str(facts[FILTERS[key]]) in values.split(",") for key, values in filters.items())
+def _passing(every: Iterable[Case], filters: Mapping[str, str]) -> list[Case]:
+    """The cases that have what is asked for, with those of the variants beside theirs that are."""
+    asked = {key: values.split(",") for key, values in filters.items()}
+    passed = [case for case in every if all(set(_values(case, key)) & set(asked[key]) for key in asked)]
+    if "variant" not in asked:
+        return passed
+    return [replace(case, beside=tuple(x for x in case.beside if x in asked["variant"])) for case in passed]
 
 
-def _facts(case: Case) -> dict[str, object]:
-    return asdict(case) | {"causal": int(case.causal)}
+def _values(case: Case, key: str) -> tuple[str, ...]:
+    """What a case has for a filter: one value, or all of the variants that it times in turn."""
+    if key == "variant":
+        return case.variant, *case.beside
+    value = getattr(case, FILTERS[key])
+    return (str(int(value)) if key == "causal" else str(value),)
 
 
 def check_files(args: argparse.Namespace, sections: Sequence[str], timed: Sequence[Case]) -> None:

@@ -1,6 +1,7 @@
 """The newest runs in benchmark/results, case by case: who was how fast. For table.py and plot.py."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,14 @@ from benchmark.workloads import PAGE_SIZES
 # the variants that all implementations run.
 FEATURES = ("softcap", "alibi", "dropout", "deterministic")
 BESIDE = ("dense", *(f"paged{size}" for size in PAGE_SIZES), "eager paged16", "eager append")
+# Whose rows are a case for each variant; their variants are compared with one another, too.
+OF_FUNCTIONS = ("scores", "masks")
+# What a variant is compared with, if not with the plain kernel.
+_TWINS = {
+    "documents": "documents-varlen",
+    "documents-causal": "documents-causal-varlen",
+    "window1024": "window1024-builtin",
+}
 
 
 class Line(NamedTuple):
@@ -75,13 +84,14 @@ def products(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
-    """The cases in the order of their facts; those of models by their names, first."""
+    """The cases in the order of their facts; those of models, scores and masks by their names, first."""
     cases: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        name = row.variant if row.suite == "models" else ""
+        of_functions = row.suite in OF_FUNCTIONS
+        name = row.variant if of_functions or row.suite == "models" else ""
         case = (name, row.head_dim, row.causal, row.seqlen_q, row.seqlen_k)
         case += (row.batch, row.heads_q, row.heads_k)
-        beside = row.variant in (*FEATURES, *BESIDE)
+        beside = row.variant in (*FEATURES, *BESIDE) and not of_functions
         columns = cases.setdefault(case, {})
         columns[row.variant if beside else row.impl] = row
     return [Line(next(iter(cases[case].values())), cases[case]) for case in sorted(cases)]
@@ -89,7 +99,21 @@ def lines(rows: Iterable[Row]) -> list[Line]:
 
 def without_features(rows: Iterable[Row]) -> list[Line]:
     """The cases, without what features of ours cost."""
-    return lines(row for row in rows if row.variant not in FEATURES)
+    return lines(row for row in rows if row.suite in OF_FUNCTIONS or row.variant not in FEATURES)
+
+
+def twin(line: Line, others: Iterable[Line]) -> Line | None:
+    """The one of the others, ours timed in each, that a variant of scores or masks is compared with."""
+    variant = _TWINS.get(line.case.variant, "plain")
+    wanted = _facts(replace(line.case, variant=variant))
+    there = (other for other in others if "mini" in other.rows and _facts(other.case) == wanted)
+    return None if variant == line.case.variant or "mini" not in line.rows else next(there, None)
+
+
+def _facts(row: Row) -> tuple:
+    """What was computed, and in which run."""
+    names = "date suite direction variant dtype batch seqlen_q seqlen_k heads_q heads_k head_dim causal"
+    return tuple(getattr(row, name) for name in names.split())
 
 
 def kinds(runs: Iterable[Sequence[Row]]) -> dict[str, list[Line]]:
@@ -108,6 +132,10 @@ _KINDS = (
     "Shapes of models, forward",
     "Shapes of models, backward",
     "Forward + backward",
+    "Functions of scores, forward",
+    "Functions of scores, backward",
+    "Masks, forward",
+    "Masks, backward",
     "Packed sequences, forward",
     "Packed sequences, backward",
     "Decoding with a KV cache",
@@ -124,6 +152,8 @@ def kind(row: Row) -> str:
     if row.suite == "decode":
         return "Decoding with a KV cache"
     direction = DIRECTIONS[row.direction]
+    if row.suite in OF_FUNCTIONS:
+        return f"{'Masks' if row.suite == 'masks' else 'Functions of scores'}, {direction}"
     if row.suite == "models":
         return f"Shapes of models, {direction}"
     return f"Packed sequences, {direction}" if row.suite == "varlen" else direction.capitalize()

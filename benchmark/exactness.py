@@ -3,7 +3,7 @@
 The rule: at most twice as far as plain PyTorch operations in the same data type, plus 1e-5.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,9 +48,12 @@ def check(device: str, implementations: Implementations) -> bool:
     return all(ratio <= 1 for ratio, _ in worst.values())
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None) -> Tensor:
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None, **functions: object
+) -> Tensor:
     """The output in fp32 (fp64 for fp32 inputs), a block of query rows at a time.
 
+    `functions`: score_mod, mask_mod and s_aux, as in the reference.
     Causal rows are aligned at the bottom right, so the rows up to `stop` see exactly what they
     would see if the keys ended where the last of them stops.
     """
@@ -62,12 +65,28 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = N
         keys = max(0, stop + seqlen_k - seqlen_q) if causal else seqlen_k
         right = 0 if causal else None
         block = (q[:, start:stop], k[:, :keys], v[:, :keys])
-        blocks.append(reference.attention(*block, window_left=window, window_right=right, dtype=dtype)[0])
+        options = {"window_left": window, "window_right": right, **_of_rows(start, **functions)}
+        blocks.append(reference.attention(*block, dtype=dtype, **options)[0])
     return torch.cat(blocks, dim=1)
 
 
+def _of_rows(
+    start: int,
+    score_mod: Callable[..., Tensor] | None = None,
+    mask_mod: Callable[..., Tensor] | None = None,
+    s_aux: Tensor | None = None,
+) -> dict[str, object]:
+    """The same for query rows of which the first is row `start` of all."""
+    options: dict[str, object] = {"s_aux": s_aux}
+    if score_mod is not None:
+        options["score_mod"] = lambda score, b, h, q, k: score_mod(score, b, h, q + start, k)
+    if mask_mod is not None:
+        options["mask_mod"] = lambda b, h, q, k: mask_mod(b, h, q + start, k)
+    return options
+
+
 def oracle_gradients(
-    inputs: Sequence[Tensor], dout: Tensor, causal: bool, window: int | None = None
+    inputs: Sequence[Tensor], dout: Tensor, causal: bool, window: int | None = None, **functions: object
 ) -> tuple[Tensor, ...]:
     """dq, dk and dv in the oracle's type, a block of query rows at a time: the blocks' dk and dv add up."""
     q, k, v = (tensor.detach() for tensor in inputs)
@@ -78,9 +97,9 @@ def oracle_gradients(
         rows = slice(start, min(start + _ROWS, seqlen_q))
         keys = slice(0, max(0, rows.stop + seqlen_k - seqlen_q) if causal else seqlen_k)
         leaves = [x.to(dtype).requires_grad_() for x in (q[:, rows], k[:, keys], v[:, keys])]
-        limits = {"window_left": window, "window_right": 0 if causal else None}
+        options = {"window_left": window, "window_right": 0 if causal else None}
         with torch.enable_grad():
-            out, _ = reference.attention(*leaves, **limits)
+            out, _ = reference.attention(*leaves, **options, **_of_rows(rows.start, **functions))
         block = torch.autograd.grad(out, leaves, dout[:, rows].to(dtype))
         dq[:, rows] = block[0]
         dk[:, keys] += block[1]

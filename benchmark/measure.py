@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from benchmark import results, timing, workloads
-from benchmark.cases import Case, product
+from benchmark.cases import CREATE, Case, product
 from benchmark.exactness import Wrong
 from benchmark.peers import Implementations
 from benchmark.workloads import Contestant
@@ -49,7 +49,8 @@ def measure(
         times = timing.in_turn(timed, clock, rounds, iterations)
     rows = []
     for one, (ms, spread) in times.items():
-        variant, of_one = replace(case, variant=one.variant), timing.Timing(ms / one.problems, spread)
+        variant = replace(case, variant=one.variant, visible=one.visible)
+        of_one = timing.Timing(ms / one.problems, spread)
         rows.append(results.row(run, variant, one.impl, of_one, errors[one]))
     return Measured(rows, failed)
 
@@ -66,8 +67,13 @@ def measure_product(run: results.Run, rounds: int) -> results.Row:
 
 
 def _timed_call(case: Case, one: Contestant, device: str) -> timing.Call:
-    """Decoding and backward passes by graph replay, since some would wait for the host otherwise."""
-    if device == "cpu" or results.is_host_time(case) or (case.suite, case.direction) == ("prefill", "fwd"):
+    """By graph replay, since some would wait for the host otherwise; long forward passes by calls in a row.
+
+    A block mask is made by calls in a row: what it waits for the host is its time, too.
+    """
+    if device == "cpu" or results.is_host_time(case) or case.variant == CREATE:
+        return one.call
+    if (case.suite, case.direction) == ("prefill", "fwd"):
         return one.call
     try:
         return timing.captured(one.call)

@@ -1,8 +1,10 @@
 """The implementations that are compared, each behind the same signatures."""
 
+import functools
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.bias import causal_lower_right
 
 import mini_flash_attention
+from benchmark.functions import Functions
+from mini_flash_attention import BlockMask, create_block_mask, masks
 
-NAMES = ("mini", "mini-sm80", "sdpa-flash", "sdpa-cudnn", "fa2", "fa3", "fa4")
+NAMES = ("mini", "mini-sm80", "sdpa-flash", "sdpa-cudnn", "flex", "fa2", "fa3", "fa4")
 _PACKAGES = {"fa2": "flash_attn", "fa4": "flash_attn.cute"}
 BACKEND = "MINI_FLASH_ATTENTION_BACKEND"
 
@@ -31,13 +36,18 @@ class Implementation(NamedTuple):
     `varlen(q, k, v, cu_seqlens, longest)`: causal self-attention of packed (tokens, heads, head_dim)
     sequences; sequence i is cu_seqlens[i] to cu_seqlens[i + 1].
     `decode(q, k, v, seqlens)`: k and v are a cache; ours takes flash_attn's other keywords too.
+    `functions(q, k, v, causal, functions)`: prepares attention with functions.Functions, which is then called
+    without arguments.
+    `create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_k, device)`: makes a block mask.
     `scope()` is entered around many calls, so that choosing a backend is not timed with them.
     """
 
-    call: Callable[..., Tensor]
+    call: Callable[..., Tensor] | None = None
     scope: Callable[[], AbstractContextManager] = nullcontext
     varlen: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None = None
     decode: Callable[..., Tensor] | None = None
+    functions: Callable[[Tensor, Tensor, Tensor, bool, Functions], Callable[[], Tensor]] | None = None
+    create_block_mask: Callable[..., object] | None = None
 
 
 Implementations = Mapping[str, Implementation]
@@ -58,13 +68,16 @@ def available(device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
 
 def _make(name: str, device: str) -> Implementation:
     if name == "mini":
-        return Implementation(_mini, varlen=_mini_varlen, decode=_mini_decode)
+        suites = {"varlen": _mini_varlen, "decode": _mini_decode, "functions": _mini_functions}
+        return Implementation(_mini, **suites, create_block_mask=create_block_mask)
     if name == "sdpa-flash":
         return _pytorch(SDPBackend.FLASH_ATTENTION)
     if device == "cpu":
         raise RuntimeError("needs a GPU")
     if name == "sdpa-cudnn":
         return _pytorch(SDPBackend.CUDNN_ATTENTION)
+    if name == "flex":
+        return _flex()
     if name == "mini-sm80":
         if torch.cuda.get_device_capability() != (9, 0):
             raise RuntimeError("is what mini runs on this GPU")
@@ -88,6 +101,44 @@ def _mini(
     if window is not None:
         options["window_size"] = (window, 0)
     return mini_flash_attention.flash_attn_func(q, k, v, causal=causal, **options)
+
+
+def _mini_functions(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, functions: Functions
+) -> Callable[[], Tensor]:
+    if functions.cu_seqlens is not None:
+        return _mini_documents(q, k, v, functions.cu_seqlens, functions.builtin)
+    options = functions.builtin or {
+        "score_mod": functions.score_mod,
+        "s_aux": functions.s_aux,
+        "block_mask": _mini_block_mask(functions, q.shape[1], q.device),
+    }
+    return functools.partial(_mini, q, k, v, causal, **options)
+
+
+def _mini_documents(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, options: Mapping[str, object]
+) -> Callable[[], Tensor]:
+    """The documents of each sequence of a batch as sequences of their own."""
+    batch, seqlen = q.shape[:2]
+    cu_seqlens = torch.cat([starts[:1], *(starts[1:] + i * seqlen for i in range(batch))])
+    longest = int(starts.diff().max())
+
+    def attention() -> Tensor:
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        lengths = (cu_seqlens, cu_seqlens, longest, longest)
+        out = mini_flash_attention.flash_attn_varlen_func(*packed, *lengths, **options)
+        return out.unflatten(0, (batch, seqlen))
+
+    return attention
+
+
+def _mini_block_mask(functions: Functions, seqlen: int, device: torch.device) -> BlockMask | None:
+    if functions.full is not None:
+        return BlockMask.from_blocks(torch.zeros_like(functions.full), functions.full, seqlen, seqlen)
+    if functions.mask_mod is None:
+        return None
+    return create_block_mask(functions.mask_mod, None, functions.heads, seqlen, seqlen, device)
 
 
 def _mini_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -121,6 +172,60 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = No
         options |= {"is_causal": False, "attn_mask": causal_lower_right(q.shape[1], k.shape[1])}
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def _flex() -> Implementation:
+    importlib.import_module("triton")
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    if not any(map(shutil.which, compilers)):
+        raise RuntimeError("needs a C compiler")
+    create = torch.compile(flex.create_block_mask)
+    return Implementation(scope=_many_compilations, functions=_flex_functions, create_block_mask=create)
+
+
+@contextmanager
+def _many_compilations() -> Iterator[None]:
+    """Each variant of a case compiles the same code anew; one forward pass is for many backward passes."""
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as autograd
+
+    with dynamo.patch(recompile_limit=256), autograd.patch(donated_buffer=False):
+        yield
+
+
+def _flex_functions(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, functions: Functions
+) -> Callable[[], Tensor]:
+    """FlexAttention, compiled; sinks, which it does not have, as Transformers adds them, from the LSE."""
+    block_mask, sinks = _flex_block_mask(functions, causal, q.shape[1], q.device), functions.s_aux
+    aux = None if sinks is None else flex.AuxRequest(lse=True)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = flex.flex_attention(q, k, v, functions.score_mod, block_mask, return_aux=aux)
+        if sinks is not None:
+            out, more = out
+            out = (out * torch.sigmoid(more.lse - sinks.view(-1, 1)).unsqueeze(-1)).to(q.dtype)
+        return out.transpose(1, 2)
+
+    # fullgraph: an error where it would not compile and run by single operations, 25 times as slow.
+    return functools.partial(_compiled(attention), q, k, v)
+
+
+_compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+
+
+def _flex_block_mask(
+    functions: Functions, causal: bool, seqlen: int, device: torch.device
+) -> flex.BlockMask | None:
+    if functions.full is not None:
+        ours = _mini_block_mask(functions, seqlen, device)
+        partial, full = (ours.kv_num_blocks, ours.kv_indices), (ours.full_kv_num_blocks, ours.full_kv_indices)
+        return flex.BlockMask.from_kv_blocks(*partial, *full, seq_lengths=(seqlen, seqlen))
+    mask_mod = masks.causal() if causal else functions.mask_mod
+    if mask_mod is None:
+        return None
+    return flex.create_block_mask(mask_mod, None, functions.heads, seqlen, seqlen, device)
 
 
 def _whole_cache(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmark.cases import PRODUCT, Case
+from benchmark.cases import CREATE, PRODUCT, Case
 from benchmark.machine import Run
 from benchmark.timing import Timing
 
@@ -58,9 +58,12 @@ class Metric(NamedTuple):
 
 _HOST_TIME = Metric("µs", lambda row: 1e3 * row.ms, lambda row: f"{1e3 * row.ms:.1f}", min)
 _WORK_RATE = Metric("TFLOP/s", lambda row: row.tflops, lambda row: f"{row.tflops:.0f}", max)
+_TIME = Metric("ms", lambda row: row.ms, lambda row: f"{row.ms:.3f}", min)
 _METRICS = {
     "prefill": _WORK_RATE,
     "varlen": _WORK_RATE,
+    "scores": _TIME,
+    "masks": _TIME,
     "models": Metric("µs", lambda row: 1e3 * row.ms, lambda row: f"{1e3 * row.ms:.1f}", min),
     "decode": Metric(
         "GB/s (µs)", lambda row: row.gbps, lambda row: f"{row.gbps:.0f} ({1e3 * row.ms:.1f})", max
@@ -87,12 +90,12 @@ def is_host_time(case: Case | Row) -> bool:
 
 
 def row(run: Run, case: Case, impl: str, timing: Timing, max_error: float | None) -> Row:
-    """Puts a measurement together. The host's time has no throughput."""
+    """Puts a measurement together. The host's time has no throughput, nor has the making of a mask."""
     facts = asdict(run) | asdict(case) | timing._asdict()
     facts |= {"causal": int(case.causal), "impl": impl, "max_error": max_error}
-    of_host = is_host_time(case)
-    facts["tflops"] = None if of_host else case.flops / timing.ms / 1e9
-    facts["gbps"] = None if of_host or case.variant == PRODUCT else case.kv_bytes / timing.ms / 1e6
+    no_products = is_host_time(case) or case.variant == CREATE
+    facts["tflops"] = None if no_products else case.flops / timing.ms / 1e9
+    facts["gbps"] = None if no_products or case.variant == PRODUCT else case.kv_bytes / timing.ms / 1e6
     return Row(**{name: facts[name] for name in HEADER})
 
 

@@ -24,10 +24,16 @@ _SUITES = {
     "prefill": "",
     "models": "Shapes of models, ",
     "varlen": "Sequences of different lengths in one batch, ",
+    "scores": "Functions of scores, ",
+    "masks": "Masks, ",
     "decode": "Decoding with a KV cache, ",
     "cpu": "CPU, ",
     "overhead": "Host time of one eager call, ",
 }
+# Suites whose cases have names, and what those are.
+_NAMED = {"models": "model", "scores": "function", "masks": "mask"}
+# Suites whose cases are compared with others of ours: what that column is called.
+_TWINS = {"scores": "mini / plain", "masks": "mini / its twin"}
 _COLUMNS = ("mini", *FEATURES, *BESIDE, *peers.NAMES[1:])
 
 
@@ -71,7 +77,7 @@ def _facts(row: Row) -> str:
     """A case in a few words."""
     head_dim, mask, *shape = _cells(row)
     mask = "causal" if row.causal else "full"
-    name = f"{row.variant}: " if row.suite == "models" else ""
+    name = f"{row.variant}: " if row.suite in _NAMED else ""
     return name + ", ".join(
         [f"D {head_dim}", mask, *(f"{name} {x}" for name, x in zip("SBH", shape, strict=True))]
     )
@@ -122,12 +128,14 @@ def _caption(row: Row, more: str) -> str:
 
 def _speeds(lines: Sequence[Line], product: float | None) -> str:
     """What all implementations reach, the fastest in bold; how ours compares, also with a product."""
-    shares = product is not None and lines[0].case.suite in ("prefill", "varlen", "models")
-    named = ["model"] if lines[0].case.suite == "models" else []
+    suite = lines[0].case.suite
+    shares = product is not None and suite in ("prefill", "varlen", "models")
+    named = [_NAMED[suite]] if suite in _NAMED else []
+    twins = [_TWINS[suite]] if suite in _TWINS else []
     columns = [name for name in _COLUMNS if any(name in line.rows for line in lines)]
     heads = [f"mini {name}" if name in BESIDE else name for name in columns]
     shared = [f"mini / 8192³ product ({product:.0f} TFLOP/s)"] if shares else []
-    table = [_header([*named, *heads, "mini / best peer", *shared])]
+    table = [_header([*named, *heads, "mini / best peer", *twins, *shared])]
     for line in lines:
         shown, speeds = metric(line.case), line.speeds
         best = shown.best(speeds.values())
@@ -136,6 +144,10 @@ def _speeds(lines: Sequence[Line], product: float | None) -> str:
             text = shown.text(line.rows[name]) if name in line.rows else "–"
             cells.append(f"**{text}**" if speeds.get(name) == best else text)
         cells.append(f"{line.ratio:.2f}" if line.peer else "–")
+        if twins:
+            twin = compare.twin(line, lines)
+            ratio = twin and shown.ratio(line.speeds["mini"], twin.speeds["mini"])
+            cells.append(f"{ratio:.2f}" if ratio else "–")
         if shares:
             cells.append(f"{line.rows['mini'].tflops / product:.2f}" if "mini" in line.rows else "–")
         table.append(_line(line.case, [line.case.variant, *cells] if named else cells))

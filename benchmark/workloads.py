@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmark.cases import Case
+from benchmark import functions
+from benchmark.cases import CREATE, Case
 from benchmark.exactness import check_close, one_group, oracle, oracle_gradients
 from benchmark.peers import Implementation, Implementations
 
@@ -29,6 +30,7 @@ class Contestant(NamedTuple):
     # Of what call() returns, an output or gradients: raises exactness.Wrong. None where not known.
     error: Callable[..., float] | None = None
     problems: int = 1  # that one call solves
+    visible: float = 1.0  # the share of pairs that a mask leaves
 
     @property
     def name(self) -> str:
@@ -37,7 +39,8 @@ class Contestant(NamedTuple):
 
 def contestants(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
     """Those that can do the case at all; variants that only ours has run beside the plain ones."""
-    make = {"varlen": _varlen, "decode": _decode}.get(case.suite, _dense)
+    suites = {"varlen": _varlen, "decode": _decode, "scores": _functions, "masks": _functions}
+    make = suites.get(case.suite, _dense)
     return make(case, implementations, device)
 
 
@@ -52,6 +55,8 @@ def _dense(case: Case, implementations: Implementations, device: str) -> Iterato
     options = {} if case.window is None else {"window": case.window}
     seqlens = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=device)
     for name, impl in implementations.items():
+        if impl.call is None:
+            continue
         attention, rest = impl.call, (case.causal,)
         if case.seqlen_q == 1 and impl.decode is not None and not name.startswith("mini"):
             attention, rest = impl.decode, (seqlens,)  # peers' best for one query
@@ -147,6 +152,44 @@ def _decode(case: Case, implementations: Implementations, device: str) -> Iterat
         yield Contestant("mini", "eager append", each(mini.decode, caches, k=k, v=v), nullcontext)
 
 
+def _functions(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
+    """The variants of a case, each by those who have functions of scores and masks."""
+    able = {name: impl for name, impl in implementations.items() if impl.functions is not None}
+    if "flex" in able:
+        torch.compiler.reset()  # the compilations of the case before
+    if case.variant == CREATE:
+        yield from _creation(case, able, device)
+        return
+    inputs = case.inputs(device)
+    dout = _dout(case, inputs)
+    for variant in (case.variant, *case.beside):
+        made = functions.of(case, variant, device)
+        visible = functions.visible(made, case, device)
+        error = _error(case, inputs, dout, **made.exactly(case.heads_q // case.heads_k))
+        for name, impl in able.items():
+            if name.startswith("mini") or not (case.ours_alone or made.ours_alone):
+                prepare = functools.partial(impl.functions, *inputs, case.causal, made)
+                task = _task(case, _prepared(prepare), inputs, dout)
+                yield Contestant(name, variant, task, impl.scope, error, visible=visible)
+
+
+def _prepared(prepare: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """What is prepared, when it is first called."""
+    prepared = functools.cache(prepare)
+    return lambda: prepared()()
+
+
+def _creation(case: Case, implementations: Implementations, device: str) -> Iterator[Contestant]:
+    """The making of a block mask, of causal documents."""
+    mask_mod = functions.of(case, "documents-causal", device).mask_mod
+    for name, impl in implementations.items():
+        if impl.create_block_mask is not None:
+            call = functools.partial(
+                impl.create_block_mask, mask_mod, None, None, case.seqlen_q, case.seqlen_k, device
+            )
+            yield Contestant(name, case.variant, call, impl.scope)
+
+
 def _pages(cache: Tensor, size: int) -> Tensor:
     return cache.view(-1, size, *cache.shape[2:])
 
@@ -172,17 +215,19 @@ def _error(
     inputs: Sequence[Tensor],
     dout: Tensor | None,
     batched: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    **functions: object,
 ) -> Callable[..., float]:
     """How far results are off, in the first sequence, for its first key head and the query heads of that.
 
-    `batched` makes (1, seqlen, heads, head_dim) of a packed tensor, for the sequence to look at.
+    `batched` makes (1, seqlen, heads, head_dim) of a packed tensor, for the sequence to look at; `functions`
+    are the oracle's.
     """
     group = one_group(*map(batched, inputs))
     heads, mask = group[0].shape[2], (case.causal, case.window)
     if dout is None:
-        exact = oracle(*group, *mask)
+        exact = oracle(*group, *mask, **functions)
         return lambda out: check_close({"the output": (batched(out)[:1, :, :heads], exact)})
-    gradients = oracle_gradients(group, batched(dout)[:1, :, :heads], *mask)
+    gradients = oracle_gradients(group, batched(dout)[:1, :, :heads], *mask, **functions)
 
     def error(results: Sequence[Tensor]) -> float:
         pairs = zip(("dq", "dk", "dv"), results, gradients, strict=True)

@@ -93,7 +93,7 @@ def flash_attn_func(
         mask_mod: mask_mod(batch, head, q_idx, kv_idx) returns whether the query sees the key, beside causal
             and window_size. Written like score_mod.
         block_mask: `create_block_mask(mask_mod, ...)` in the place of mask_mod, causal and window_size: the
-            Hopper kernels do not visit what it hides; others mask it. FlexAttention's is taken, too.
+            kernels do not visit what it hides (backward: on Hopper only). FlexAttention's will do, too.
 
     Returns:
         out: (batch, seqlen_q, heads, head_dim), in the dtype of q.

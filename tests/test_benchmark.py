@@ -16,6 +16,7 @@ from benchmark import (
     choices,
     compare,
     exactness,
+    functions,
     machine,
     measure,
     peers,
@@ -101,7 +102,9 @@ def test_decode_speeds_are_those_of_the_quoted_times() -> None:
     assert results.metric(row).of(row) == 20.0
 
 
-@pytest.mark.parametrize("make", [cases.backward, cases.models, cases.varlen, cases.decode])
+@pytest.mark.parametrize(
+    "make", [cases.backward, cases.models, cases.varlen, cases.decode, cases.scores, cases.masks]
+)
 def test_a_cpu_runs_only_what_is_made_for_it(make: Callable) -> None:
     assert not list(make("cpu"))
 
@@ -284,6 +287,115 @@ def test_table_of_models_has_names_losses_and_shares() -> None:
     assert "| Shapes of models, backward | llama: D 128, causal, S 4096, B 1, H 8/1 | fa4 | 0.50 |" in text
     share = case.flops / 0.5e-3 / 700e12
     assert f"| 128 | yes | 4096 | 1 | 8/1 | llama | 500.0 | **250.0** | 0.50 | {share:.2f} |" in text
+
+
+def tiny(case: cases.Case, seqlen: int) -> cases.Case:
+    sizes = {"seqlen_q": seqlen, "seqlen_k": seqlen, "heads_q": 4, "heads_k": 4, "head_dim": 16}
+    return replace(case, dtype="fp32", batch=2, **sizes)
+
+
+def uncompiled_flex(monkeypatch: pytest.MonkeyPatch) -> peers.Implementation:
+    monkeypatch.setattr(peers, "_compiled", lambda attention: attention)
+    create = peers.flex.create_block_mask
+    return peers.Implementation(functions=peers._flex_functions, create_block_mask=create)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize(("make", "seqlen"), [(cases.scores, 96), (cases.masks, 1280)])
+def test_functions_are_measured_beside_the_plain_kernel(make: Callable, seqlen: int, direction: str) -> None:
+    """1280: ten blocks, and more keys than a window shows."""
+    found, _ = peers.available("cpu")
+    shapes = {
+        (case.causal, case.beside): tiny(case, seqlen)
+        for case in make("cuda")
+        if case.direction == direction and case.variant == "plain"
+    }
+    for case in shapes.values():
+        result = measure.measure(case, found, RUN, "cpu", rounds=1)
+        assert [row.variant for row in result.rows] == ["plain", *case.beside] and not result.failed
+        assert all(row.impl == "mini" and row.max_error < 1e-5 for row in result.rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+@pytest.mark.parametrize(("make", "seqlen"), [(cases.scores, 128), (cases.masks, 1280)])
+def test_flex_computes_what_the_oracle_does(
+    make: Callable, seqlen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for blocks10: uncompiled, it does not look at the lists of blocks."""
+    found = {"flex": uncompiled_flex(monkeypatch)}
+    cases_with_peers = [case for case in make("cuda") if case.direction == "fwd" and not case.ours_alone]
+    for case in {case.causal: tiny(case, seqlen) for case in cases_with_peers if case.beside}.values():
+        ours = {"identity", "scale-bias", *(x for x in case.beside if x.endswith(("-builtin", "-varlen")))}
+        ours |= {"plain"} if case.suite == "masks" else set()
+        taking_part = list(workloads.contestants(case, found, "cpu"))
+        assert [one.variant for one in taking_part] == [x for x in ("plain", *case.beside) if x not in ours]
+        assert all(one.error(one.call()) < 1e-5 for one in taking_part if one.variant != "blocks10")
+        assert not list(workloads.contestants(replace(case, ours_alone=True), found, "cpu"))
+
+
+def test_making_a_mask_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = (case for case in cases.masks("cuda") if case.variant == cases.CREATE)
+    found = peers.available("cpu")[0] | {"flex": uncompiled_flex(monkeypatch)}
+    case = replace(case, seqlen_q=256, seqlen_k=256)
+    ours, theirs = (one.call() for one in workloads.contestants(case, found, "cpu"))
+    assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
+    rows = measure.measure(case, found, RUN, "cpu", rounds=1).rows
+    assert [(row.impl, row.variant, row.tflops, row.gbps) for row in rows] == [
+        ("mini", "create", None, None),
+        ("flex", "create", None, None),
+    ]
+    one = workloads.Contestant("mini", cases.CREATE, lambda: None, nullcontext)
+    assert measure._timed_call(case, one, "cuda") is one.call
+
+
+def test_cases_of_functions_are_few_and_can_be_chosen() -> None:
+    every = [case for make in (cases.scores, cases.masks) for case in make("cuda")]
+    assert len(set(every)) == len(every) <= 40
+    assert {(case.head_dim, case.heads_q) for case in every if case.beside} == {(64, 32), (128, 16)}
+    words = ["scores", "masks", "variant=relative-bias,window1024", "D=128", "S=4096", "direction=bwd"]
+    _, timed = choices.sections_and_cases(words, "cuda")
+    assert [(case.causal, case.beside) for case in timed] == [
+        (False, ("relative-bias",)),
+        (True, ("relative-bias",)),
+        (False, ("window1024",)),
+    ]
+
+
+def test_flops_of_a_mask_are_those_of_its_pairs() -> None:
+    case = tiny(next(cases.masks("cuda")), 1280)
+    shares = {
+        variant: functions.visible(functions.of(case, variant, "cpu"), case, "cpu") for variant in case.beside
+    }
+    starts = torch.tensor(functions.document_starts(1280))
+    assert len(starts) == 9 and starts.diff().min() > 0
+    assert shares["documents"] == shares["documents-varlen"] == starts.diff().square().sum() / 1280**2
+    assert shares["window1024"] == (1280 * 1281 - 256 * 257) / 2 / 1280**2
+    assert shares["dilated"] == 1 / 4 and shares["blocks10"] == 1 / 10
+    assert replace(case, visible=0.25).flops == case.flops / 4
+
+
+def test_table_of_functions_has_ratios_to_plain_and_to_twins() -> None:
+    def timed(suite: str, variant: str, impl: str, ms: float, seqlen: int = 4096) -> results.Row:
+        shape = (1, seqlen, seqlen, 16, 16, 128)
+        case = cases.Case(suite, "fwd", "bf16", *shape, causal=False, variant=variant)
+        return results.row(RUN, case, impl, timing.Timing(ms, 0.0), None)
+
+    rows = [timed("scores", "plain", "mini", 1.0), timed("scores", "plain", "flex", 2.0)]
+    rows += [timed("scores", "softcap", "mini", 1.25), timed("scores", "softcap", "flex", 1.0)]
+    rows += [timed("masks", name, "mini", ms) for name, ms in (("plain", 8.0), ("documents", 2.0))]
+    rows += [timed("masks", "documents-varlen", "mini", 1.5), timed("masks", "prefix", "mini", 4.0)]
+    rows += [timed("masks", "documents", "mini", 1.0, seqlen=512), timed("masks", "prefix", "flex", 5.0)]
+    text = table.render(compare.newest(rows))
+    losses, scores, masks = text.split("\n\n**")
+    assert "| Functions of scores, forward | softcap: D 128, full, S 4096, B 1, H 16 | flex | 0.80" in losses
+    assert "| function | mini | flex | mini / best peer | mini / plain |" in scores
+    assert "| 128 | no | 4096 | 1 | 16 | plain | **1.000** | 2.000 | 2.00 | – |" in scores
+    assert "| 128 | no | 4096 | 1 | 16 | softcap | 1.250 | **1.000** | 0.80 | 0.80 |" in scores
+    assert "| mask | mini | flex | mini / best peer | mini / its twin |" in masks
+    assert "| 128 | no | 4096 | 1 | 16 | documents | **2.000** | – | – | 0.75 |" in masks
+    assert "| 128 | no | 512 | 1 | 16 | documents | **1.000** | – | – | – |" in masks
+    assert "| 128 | no | 4096 | 1 | 16 | documents-varlen | **1.500** | – | – | 5.33 |" in masks
+    assert "| 128 | no | 4096 | 1 | 16 | prefix | **4.000** | 5.000 | 1.25 | 2.00 |" in masks
 
 
 def test_forcing_the_sm80_path_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,15 +587,16 @@ def words(picture: Path) -> list[str]:
     [
         (
             "--only sweeep",
-            "'sweeep' is none of accuracy, classic, sweep, backward, models, varlen, decode, overhead",
+            "'sweeep' is none of accuracy, classic, sweep, backward, models, varlen, decode, scores, masks",
         ),
         ("--only size=3", "'size' is none of D, S, causal, direction, variant"),
         ("--only S=512,77", "no case has S=77: S is 512, 1024, 4096"),
         (
             "--only overhead D=64",
-            "D filters sweep, backward, models, varlen, decode alone, and none is chosen",
+            "D filters sweep, backward, models, varlen, decode, scores, masks alone, and none is chosen",
         ),
         ("--only overhead backward", "backward: nothing of this runs on a CPU"),
+        ("--only scores masks", "scores, masks: nothing of this runs on a CPU"),
         ("--only models", "models: nothing of this runs on a CPU"),
         ("--only memory", "memory: nothing of this runs on a CPU"),
         ("--impls mini,fa9", "'fa9' is none of mini, mini-sm80"),

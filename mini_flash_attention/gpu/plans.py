@@ -190,13 +190,14 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
             path = "sm80"
         if path == "sm80":
             page = 1
-    features = _features(problem, path)
+    features = _features(problem)
     return config.forward(path, arch, *_facts(problem), **features, page=page, sinks=problem.sinks)
 
 
 def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:
-    features = _features(problem, path)
-    if problem.deterministic:  # its turns are those of all blocks: each is visited, and masked
+    features = _features(problem)
+    # Turns are those of all blocks, and the sm80 kernels know no others: each is visited, and masked.
+    if problem.deterministic or path == "sm80":
         features.pop("sparse", None)
     return config.backward(path, arch, *_facts(problem), problem.deterministic, **features)
 
@@ -215,9 +216,9 @@ def _facts(problem: Problem) -> tuple[str, int, str]:
     return dtype_name(problem), config.bucket(problem.head_dim), mask
 
 
-def _features(problem: Problem, path: str) -> dict[str, Scoring | bool]:
+def _features(problem: Problem) -> dict[str, Scoring | bool]:
     features = {"score": problem.scoring, "ragged": problem.ragged, "dropout": problem.dropout_p > 0}
-    if problem.sparse and path == "sm90":  # sm80 visits all blocks, and masks them
+    if problem.sparse:
         features["sparse"] = True
     return features
 

@@ -20,7 +20,6 @@ class ForwardSm80:
     """Every static fact of one forward.sm80 kernel; its repr is part of the cache key."""
 
     kernel: ClassVar[str] = "forward.sm80"
-    sparse: ClassVar[bool] = False
     arch: str
     dtype: str
     head_dim: int
@@ -32,6 +31,7 @@ class ForwardSm80:
     ragged: bool = False  # sequences have lengths of their own: kernels/parts/seqlen.py
     page: int = 0  # 1: k and v are pages, of any size
     dropout: bool = False  # kernels/parts/dropout.py
+    sparse: bool = False  # visits the blocks of a block mask alone: kernels/parts/sparse.py
     sinks: bool = False  # attention sinks: kernels/parts/softmax.py
 
     def at(self, seqlen_q: int) -> "ForwardSm80":
@@ -50,7 +50,7 @@ class ForwardSm80:
     @property
     def stack(self) -> int:
         """Bytes of stack it may use: a few spilled words cost less than a smaller tile (SM80_TILES)."""
-        return 64 if self.head_dim == 128 and self.mask != "window" else 0
+        return 64 if self.sparse or (self.head_dim == 128 and self.mask != "window") else 0
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,11 @@ def forward(
 ) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90").
 
-    features: score, ragged, page, dropout, sinks and, on sm90, sparse, as in the configs.
+    features: score, ragged, page, dropout, sinks and sparse, as in the configs.
     """
     if path == "sm80":
         table = SM80_TILES | SM80_DROPOUT if features.get("dropout") else SM80_TILES
+        table = table | SM80_SPARSE if features.get("sparse") else table
         return ForwardSm80(arch, dtype, head_dim, mask, *of_row(table, head_dim, mask), **features)
     score, sparse = features.get("score", PLAIN), features.get("sparse", False)
     if sparse or (score and head_dim in SM90_SCORED):
@@ -161,6 +162,12 @@ SM80_TILES = {
     (128, "window"): (64, 64, 4),  # the third loop would spill up to 34 words at 128 x 64
     192: (128, 64, 8),
     256: (64, 64, 4),
+}
+
+# What differs with a block mask: tiles that divide its blocks.
+SM80_SPARSE = {
+    64: (128, 64, 4),
+    96: (128, 32, 4),
 }
 
 # What differs with dropout: random numbers take registers too.

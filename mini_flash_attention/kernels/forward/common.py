@@ -8,7 +8,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from mini_flash_attention.kernels.calls import Forward
-from mini_flash_attention.kernels.parts import dropout
+from mini_flash_attention.kernels.parts import dropout, sparse
 from mini_flash_attention.kernels.parts.fragments import convert, rescale, rows_cols
 from mini_flash_attention.kernels.parts.numbers import LOG2_E, index
 from mini_flash_attention.kernels.parts.scheduler import Tile
@@ -37,6 +37,18 @@ def to_scores(
         column = n_block * config.tile_n + rc[0, 0][1]
         at = Corner(tile.batch, (tile.head,) * len(rows), rows, column, sizes.seqlen_q, sizes.seqlen_k)
         transform(config, w.call.score, S, at, masked=masked)
+
+
+def row_of(config, tile: Tile) -> sparse.Row:
+    """A tile's in the lists of a block mask."""
+    return sparse.Row.of_tile(tile.batch, tile.head, tile.m_block, config.tile_m)
+
+
+def key_block(config, call: Forward, tile: Tile, position: Int32) -> Int32:
+    """The number of the key block at a position of the walk: with a block mask from its lists."""
+    if not config.sparse:
+        return position
+    return sparse.tile_at(call.blocks, row_of(config, tile), tile.visits.partial, config.tile_n, position)
 
 
 def row_offset(config, r: int) -> int:

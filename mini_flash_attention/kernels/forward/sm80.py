@@ -12,8 +12,16 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from mini_flash_attention.kernels.calls import Forward
-from mini_flash_attention.kernels.forward.common import drop, mask, normalise, sink_of, to_scores
-from mini_flash_attention.kernels.parts import arguments
+from mini_flash_attention.kernels.forward.common import (
+    drop,
+    key_block,
+    mask,
+    normalise,
+    row_of,
+    sink_of,
+    to_scores,
+)
+from mini_flash_attention.kernels.parts import arguments, sparse
 from mini_flash_attention.kernels.parts.blocks import Walk
 from mini_flash_attention.kernels.parts.fragments import (
     as_operand_A,
@@ -121,12 +129,14 @@ kernel.set_name_prefix("mfa_fwd_sm80", remove_cutlass_symbol=True)
 def attend(config: cutlass.Constexpr, call: Forward, setup: Setup, place: Place | None, number: Int32):
     """One tile: up to three loops over its key blocks, then O."""
     tile = uniform(tile_at(config, call, setup.sizes, number, place))
+    if const_expr(config.sparse):
+        tile = tile._replace(visits=sparse.visits(call.blocks, row_of(config, tile), config.tile_n))
     gQ = tile_of_Q(config, call, tile)  # (tile_m, d)
     w = make_work(config, call, setup, tile)
     n_block = walk(config, w).start
     rows = w.sizes.seqlen_q - tile.m_block * config.tile_m
     load_tile(setup.tiled_load, gQ, w.q.sX, rows, call.mQ.shape[3], w.tidx)
-    load_block(w, call.mK, w.sK, n_block, False)  # closes the commit group, with Q in it
+    load_block(config, w, call.mK, w.sK, n_block, False)  # closes the commit group, with Q in it
     w.acc_O.fill(0.0)
     w.softmax.offset.fill(-Float32.inf)
     w.softmax.row_sum.fill(0.0)
@@ -136,7 +146,7 @@ def attend(config: cutlass.Constexpr, call: Forward, setup: Setup, place: Place 
     while n_block >= walk(config, w).free_first:
         step(config, w, n_block, False)
         n_block -= 1
-    if const_expr(config.mask == "window"):
+    if const_expr(config.mask == "window" or config.sparse):
         while n_block >= walk(config, w).first:
             step(config, w, n_block, True)
             n_block -= 1
@@ -149,13 +159,15 @@ def attend(config: cutlass.Constexpr, call: Forward, setup: Setup, place: Place 
 def step(config: cutlass.Constexpr, w: Work, n_block: Int32, masked: cutlass.Constexpr):
     """S = Q·Kᵀ of one block, mask, softmax, O += P·V."""
     arrive()  # K[n] (at first Q too) has arrived: S reads it. V[n + 1] has been read: V[n] overwrites it
-    load_block(w, w.call.mV, w.sV, n_block, not masked)
+    load_block(config, w, w.call.mV, w.sV, n_block, not masked)
     w.acc_S.fill(0.0)
     gemm(w.setup.tiled_mma, w.acc_S, w.q, w.k, w.tidx)
     arrive()  # V[n] has arrived: P·V reads it. K[n] has been read: K[n - 1] overwrites it
     if n_block > walk(config, w).first:
-        load_block(w, w.call.mK, w.sK, n_block - 1, True)
-    to_scores(config, w, w.sizes, w.tile, opaque(w.tile.m_block), n_block)
+        load_block(config, w, w.call.mK, w.sK, n_block - 1, not config.sparse)
+    n_block = key_block(config, w.call, w.tile, n_block)
+    with_masks = const_expr(masked or not config.sparse)
+    to_scores(config, w, w.sizes, w.tile, opaque(w.tile.m_block), n_block, with_masks)
     if const_expr(masked):
         mask(config, w, w.sizes, opaque(w.tile.m_block), n_block)
     w.softmax.renew(w.acc_S, w.acc_O, w.softmax.row_sum, masked or config.score.hides)
@@ -176,8 +188,16 @@ def arrive():
 
 
 @cute.jit
-def load_block(w: Work, mX: cute.Tensor, sX: cute.Tensor, n_block: Int32, whole: cutlass.Constexpr):
-    """Start copying one block of keys or values; whole: it does not reach beyond the sequence."""
+def load_block(
+    config: cutlass.Constexpr,
+    w: Work,
+    mX: cute.Tensor,
+    sX: cute.Tensor,
+    n_block: Int32,
+    whole: cutlass.Constexpr,
+):
+    """Start copying one block of keys or values, by its position; whole: it ends within the sequence."""
+    n_block = key_block(config, w.call, w.tile, n_block)
     tile, tiled_load = (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), w.setup.tiled_load
     rows = None if const_expr(whole) else w.sizes.seqlen_k - n_block * tile[0]
     batch, start = w.tile.k_rows
@@ -194,6 +214,8 @@ def load_block(w: Work, mX: cute.Tensor, sX: cute.Tensor, n_block: Int32, whole:
 
 def walk(config, w: Work) -> Walk:
     """sizes.walk, worked out anew where it is asked for: kept across the products it would spill."""
+    if config.sparse:
+        return sparse.walk(w.tile.visits)
     return w.sizes.walk(config, opaque(w.tile.m_block))
 
 
@@ -227,6 +249,8 @@ def tile_of_Q(config, call: Forward, tile: Tile) -> cute.Tensor:
 def make_work(config, call: Forward, setup: Setup, tile: Tile) -> Work:
     tidx, _, _ = cute.arch.thread_idx()
     smem, dtype, sizes = SmemAllocator(), call.mQ.element_type, tile.sizes(setup.sizes)
+    if config.sparse:  # without blocks one is visited all the same: none of its keys counts
+        sizes = sizes.of(sizes.seqlen_q, sparse.keys_of(tile.visits, sizes.seqlen_k))
     layouts = setup.sQ_layout, setup.sKV_layout, setup.sKV_layout
     sQ, sK, sV = (allocate(smem, dtype, layout)[None, None, 0] for layout in layouts)
     head_kv = tile.head // sizes.group

@@ -9,10 +9,11 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from mini_flash_attention.kernels.calls import Forward
-from mini_flash_attention.kernels.forward.common import drop, mask, sink_of, to_scores
-from mini_flash_attention.kernels.forward.sm90_produce import key_block, read_tile, walk_of
+from mini_flash_attention.kernels.forward.common import drop, key_block, mask, sink_of, to_scores
+from mini_flash_attention.kernels.forward.sm90_produce import read_tile, walk_of
 from mini_flash_attention.kernels.forward.sm90_records import TURN, WG, Job, Setup, Shared, Work, make_work
 from mini_flash_attention.kernels.forward.sm90_store import store
+from mini_flash_attention.kernels.parts import sparse
 from mini_flash_attention.kernels.parts.fragments import as_operand_A, convert, rows_cols
 from mini_flash_attention.kernels.parts.scheduler import Tile
 from mini_flash_attention.kernels.parts.seqlen import Sizes
@@ -61,8 +62,7 @@ def make_job(config: cutlass.Constexpr, all_sizes: Sizes, w: Work, tile: Tile, t
     sizes = tile.sizes(all_sizes)
     walk = walk_of(config, all_sizes, tile)
     if const_expr(config.sparse):
-        seqlen_k = sizes.seqlen_k if tile.visits.end > 0 else Int32(0)
-        sizes = sizes.of(sizes.seqlen_q, seqlen_k)  # without blocks one is visited all the same, hidden
+        sizes = sizes.of(sizes.seqlen_q, sparse.keys_of(tile.visits, sizes.seqlen_k))
     elif const_expr(config.staggered):
         walk = sizes.walk_of_wg(config, tile.m_block, w.wg)
     return Job(t, tile, sizes, walk)

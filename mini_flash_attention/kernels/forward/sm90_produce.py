@@ -11,6 +11,7 @@ from cutlass import Boolean, Int32, const_expr
 from cutlass.block import block_copy
 
 from mini_flash_attention.kernels.calls import CU_SEQLENS_Q, Forward, Ragged
+from mini_flash_attention.kernels.forward.common import key_block, row_of
 from mini_flash_attention.kernels.forward.sm90_records import Setup, Shared
 from mini_flash_attention.kernels.parts import sparse
 from mini_flash_attention.kernels.parts.blocks import Walk
@@ -52,8 +53,7 @@ def produce(config: cutlass.Constexpr, call: Forward, setup: Setup, s: Shared):
     while is_tile(config, call, sizes, number, place):
         tile = tile_at(config, call, sizes, number, place)
         if const_expr(config.sparse):
-            row = sparse.Row.of_tile(tile.batch, tile.head, tile.m_block, config.tile_m)
-            tile = tile._replace(visits=sparse.visits(call.blocks, row, config.tile_n))
+            tile = tile._replace(visits=sparse.visits(call.blocks, row_of(config, tile), config.tile_n))
         drawn = Int32(0)
         s.t_ring.wait_empty(t)  # all consumer warps have read what this slot of sTile said two tiles ago
         if lane == 0:
@@ -99,14 +99,6 @@ def walk_of(config: cutlass.Constexpr, sizes: Sizes, tile: Tile) -> Walk:
     if const_expr(config.sparse):
         return sparse.walk(tile.visits)
     return tile.sizes(sizes).walk(config, tile.m_block)
-
-
-def key_block(config, call: Forward, tile: Tile, position: Int32) -> Int32:
-    """The number of the key block at a position of the walk: with a block mask from its lists."""
-    if not config.sparse:
-        return position
-    row = sparse.Row.of_tile(tile.batch, tile.head, tile.m_block, config.tile_m)
-    return sparse.tile_at(call.blocks, row, tile.visits.partial, config.tile_n, position)
 
 
 @cute.jit

@@ -44,6 +44,12 @@ def visits(blocks: Blocks, row: Row, tile: cutlass.Constexpr) -> Visits:
 
 
 @cute.jit
+def keys_of(x: Visits, seqlen_k: Int32) -> Int32:
+    """How many keys count: where nothing is to be visited, one tile is all the same, and shows none."""
+    return seqlen_k if x.end > 0 else Int32(0)
+
+
+@cute.jit
 def walk(x: Visits) -> Walk:
     """That of the forward pass, from the last position to the first; where there are none, of one."""
     free_end = x.end if x.end > x.partial else Int32(0)
