@@ -1,7 +1,7 @@
 """Made by tests/stub.py of the functions' signatures."""
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ def flash_attn_func(
     return_attn_probs: Literal[False] = False,
     *,
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_func(
@@ -41,6 +44,9 @@ def flash_attn_func(
     *,
     return_attn_probs: Literal[True],
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    block_mask: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_func(
@@ -57,6 +63,9 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_kvpacked_func(
@@ -167,6 +176,8 @@ def flash_attn_varlen_func(
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_func(
@@ -190,6 +201,8 @@ def flash_attn_varlen_func(
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -213,6 +226,8 @@ def flash_attn_varlen_func(
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
@@ -342,6 +357,8 @@ def flash_attn_with_kvcache(
     return_softmax_lse: Literal[False] = False,
     *,
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_with_kvcache(
@@ -366,6 +383,8 @@ def flash_attn_with_kvcache(
     *,
     return_softmax_lse: Literal[True],
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_with_kvcache(
@@ -390,6 +409,8 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     *,
     s_aux: Tensor | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def pad_input(
     hidden_states: Tensor,

@@ -312,14 +312,17 @@ def scores(
         S = by_head(problem, acc_S)
         result = transformed(problem, x, S, first, rows, keys)
         numbers = result.x, None if is_one(result.dx) else 0.0 if result.dx is None else result.dx
-        acc_S, derivative = (
-            x if x is None else torch.as_tensor(x, dtype=S.dtype).expand(S.shape).reshape(acc_S.shape)
-            for x in numbers
-        )
+        acc_S, derivative = (x if x is None else whole(x, S).view(acc_S.shape) for x in numbers)
     mask(problem, acc_S, rows, keys)
     if derivative is not None:
         derivative = derivative.masked_fill(acc_S == -INF, 0)  # else 0 · NaN, if it is one there
     return acc_S, derivative
+
+
+def whole(x: Tensor | float, S: Tensor) -> Tensor:
+    """x in the shape and dtype of S, in memory of its own: what is captured is not written to."""
+    x = torch.as_tensor(x, dtype=S.dtype, device=S.device)
+    return x.contiguous() if x.shape == S.shape else torch.empty_like(S).copy_(x)
 
 
 def transformed(problem: Problem, x: Inputs, S: Tensor, first: int, rows: slice, keys: slice) -> Number:
@@ -330,8 +333,9 @@ def transformed(problem: Problem, x: Inputs, S: Tensor, first: int, rows: slice,
     q_idx = torch.arange(rows.start, rows.stop, device=device).view(-1, 1, 1)
     kv_idx = torch.arange(keys.start, keys.stop, device=device)
     captured = [problem.softcap] if problem.softcap else []
-    if x.alibi_slopes is not None:
-        captured.append(x.alibi_slopes.expand(max(first + problem.batch, 1), -1))
+    if x.alibi_slopes is not None:  # of all sequences, as batch counts them
+        slopes = x.alibi_slopes
+        captured.append(slopes if slopes.ndim == 2 else slopes.expand(max(first + problem.batch, 1), -1))
     ops = TorchOps(S.dtype, device)
     place = Place(batch, head, q_idx, kv_idx, problem.seqlen_q, problem.seqlen_k)
     return problem.scoring.apply(ops, [*captured, *x.captured], Number(ops, S, 1.0), place)

@@ -289,12 +289,18 @@ def with_functions(
             if structure.is_identity:
                 structure, values = None, ()
             for value in values:
-                checks.captured(role, value, problem.device)
+                checks.captured(role, value, problem)
             captured += values
         functions.append(structure)
-    sparse = block_mask is not None
-    problem = replace(problem, score_mod=functions[0], mask_mod=functions[1], sparse=sparse)
-    return problem, x._replace(captured=tuple(captured), block_mask=block_mask)
+    problem = _with_functions(problem, *functions, block_mask is not None)
+    return problem, record(Inputs, (*x[:-2], tuple(captured), block_mask))
+
+
+@lru_cache(maxsize=1024)
+def _with_functions(
+    problem: Problem, score_mod: Function | None, mask_mod: Function | None, sparse: bool
+) -> Problem:
+    return replace(problem, score_mod=score_mod, mask_mod=mask_mod, sparse=sparse)
 
 
 def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -> tuple[tuple, tuple, tuple]:

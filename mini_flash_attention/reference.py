@@ -70,7 +70,8 @@ def attention(
     sizes = enumerate(((first, first + len(q)), (0, q.shape[1]), (0, q.shape[2]), (0, k.shape[2])))
     place = [torch.arange(*ends, device=q.device).view(-1, *[1] * (3 - i)) for i, ends in sizes]
     if score_mod is not None:
-        scores = score_mod(scores, *place).to(dtype)
+        new = torch.as_tensor(score_mod(scores, *place), dtype=dtype, device=q.device)
+        scores = new + 0 * scores  # of its shape, and with a gradient, where the function needs no score
         hidden = hidden | (scores == float("-inf"))
     if mask_mod is not None:
         hidden = hidden | ~torch.as_tensor(mask_mod(*place), device=q.device)

@@ -10,13 +10,21 @@ Functions = dict[str, Callable[..., Any]]
 
 
 def functions(
-    name: str, batch: int, heads: int, seqlen: int, device: torch.device | str = "cpu"
+    name: str,
+    batch: int,
+    heads: int,
+    seqlen: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Functions:
-    """score_mod, mask_mod or both. seqlen: the longer of queries and keys."""
+    """score_mod, mask_mod or both.
+
+    seqlen: the longer of queries and keys. dtype: of captured tensors of float32, for an oracle.
+    """
     generator = torch.Generator().manual_seed(7)
 
-    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
 
     def integers(high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.randint(high, shape, generator=generator).to(device, dtype)
@@ -72,6 +80,19 @@ def functions(
     if name == "awkward":
         return {"score_mod": awkward, "mask_mod": documents}
     return {role: found}
+
+
+# Those that another process can import, as the one that compiles ahead of time does.
+
+BIAS, IDS, SCALE = torch.zeros(4, 64), torch.zeros(2, 32, dtype=torch.int32), 0.5
+
+
+def scaled_and_biased(score, batch, head, q_idx, kv_idx):
+    return score * SCALE + BIAS[head, q_idx - kv_idx + 32]
+
+
+def same_document(batch, head, q_idx, kv_idx):
+    return IDS[batch, q_idx] == IDS[batch, kv_idx]
 
 
 SCORES = ("relative_bias", "alibi", "softcap", "logit_temperature", "awkward")

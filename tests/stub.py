@@ -16,8 +16,8 @@ import mini_flash_attention
 STUB = Path(mini_flash_attention.__file__).with_name("__init__.pyi")
 HEAD = '''"""Made by tests/stub.py of the functions' signatures."""
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -75,7 +75,7 @@ def definition(name: str, parameters: list[inspect.Parameter], returned: str) ->
 def written(annotation: Any) -> str:
     """As in the source: without the modules of the names."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return re.sub(r"\b(collections\.abc|torch)\.", "", text)
+    return re.sub(r"\b(collections\.abc|mini_flash_attention\.block_mask|torch|typing)\.", "", text)
 
 
 if __name__ == "__main__":

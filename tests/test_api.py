@@ -48,18 +48,21 @@ def gradients(out: Any, inputs: list[Tensor], dout: Any = None) -> tuple[Tensor,
 
 
 def test_signatures_are_those_of_flash_attn() -> None:
+    """With keywords of our own behind them."""
+
     def signature(function: Any) -> str:
         parameters = inspect.signature(function).parameters.values()
         shown = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
         return str(shown).removeprefix("(").removesuffix(")")
 
-    assert signature(flash_attn_func) == f"q, k, v, {OPTIONS}"
+    functions = "score_mod=None, mask_mod=None"
+    assert signature(flash_attn_func) == f"q, k, v, {OPTIONS}, {functions}, block_mask=None"
     assert signature(flash_attn_qkvpacked_func) == f"qkv, {OPTIONS}"
     assert signature(flash_attn_kvpacked_func) == f"q, kv, {OPTIONS}"
     lengths = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
     assert signature(flash_attn_varlen_func) == (
         f"q, k, v, {lengths}, {OPTIONS.partition(', *')[0]}, "
-        "block_table=None, *, seqused_k=None, out=None, s_aux=None"
+        f"block_table=None, *, seqused_k=None, out=None, s_aux=None, {functions}"
     )
     assert signature(flash_attn_varlen_qkvpacked_func) == f"qkv, cu_seqlens, max_seqlen, {OPTIONS}"
     assert signature(flash_attn_varlen_kvpacked_func) == f"q, kv, {lengths}, {OPTIONS}"
@@ -67,7 +70,7 @@ def test_signatures_are_those_of_flash_attn() -> None:
         "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
         "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
         "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
-        "return_softmax_lse=False, *, s_aux=None"
+        f"return_softmax_lse=False, *, s_aux=None, {functions}"
     )
     assert signature(unpad_input) == "hidden_states, attention_mask, unused_mask=None"
     assert signature(pad_input) == "hidden_states, indices, batch, seqlen"

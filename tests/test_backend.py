@@ -285,14 +285,14 @@ def test_gradients_of_packed_tensors(kernel: Kernel, monkeypatch: pytest.MonkeyP
     assert (dq == -2).all() and (dk == 2).all() and (dv == 2).all()
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     row = rows[1]
-    assert (row.score, row.ragged, row.deterministic) == ("softcap_alibi", True, True)
+    assert (repr(row.score), row.ragged, row.deterministic) == ("softcap_alibi", True, True)
     call = seen[1]
     for x in (call.mQ, call.mO, call.mdO, call.mdQ):
         assert x.shape == (1, 150, 4, 64)
     assert call.mK.shape == call.mdK.shape == (1, 50, 2, 64) and call.mLSE.shape == (1, 4, 150)
     numbers = (1, 4, 150 // row.tile_m + 2 + 2)
     assert call.mStats.shape[:3] == call.mdQacc.shape[:3] == call.mTurns.shape == numbers
-    scale, softcap, given_slopes = call.score
+    scale, (softcap, given_slopes) = call.score
     assert (scale, softcap, call.has_dlse, call.dropout, call.num_sms) == (0.5, 3.0, 0, None, 4)
     assert given_slopes.shape == (2, 4) and call.ragged.cu_seqlens_q is cu_q
     assert (call.ragged.batch, call.ragged.longest) == (2, 20)

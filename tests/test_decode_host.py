@@ -16,6 +16,7 @@ from mini_flash_attention.gpu.splits import MAX_BLOCKS, Decoding, best_splits
 from mini_flash_attention.kernels.calls import Append, Decode, Ragged
 from mini_flash_attention.kernels.decode.splits import MAX_SPLITS, split_blocks, visible_blocks
 from mini_flash_attention.problem import CacheUpdate, Inputs, Layout, Problem
+from mini_flash_attention.scores.capture import Scoring, built_in
 
 CUDA = torch.device("cuda", 0)
 CALL = Problem(
@@ -261,7 +262,8 @@ def test_numbers_do_not_choose_the_kernel() -> None:
     for page_size in (1, 16, 100):
         assert plans.decode_config(replace(CALL, page_size=page_size), "sm_90a") == replace(row, page=1)
     assert plans.decode_config(replace(CALL, seqlen_q=5), "sm_90a").tile_m == 64
-    assert plans.decode_config(replace(CALL, softcap=1.0, alibi=True), "sm_90a").score == "softcap_alibi"
+    capped = plans.decode_config(replace(CALL, softcap=1.0, alibi=True), "sm_90a")
+    assert capped.score == Scoring(map(built_in, ("softcap", "alibi")))
 
 
 def test_tiles_fit() -> None:
@@ -313,7 +315,10 @@ class Kernels:
 
     def decode(self, call: Decode) -> None:
         q, k, out, lse = call.mQ, call.mK, call.mO, call.mLSE
-        scale, softcap, slopes = call.score
+        scale, captured = call.score
+        row = next(row for row in self.rows if row.kernel == "decode.attend")
+        given = dict(zip(map(repr, row.score), captured or (), strict=True))
+        softcap, slopes = given.get("softcap", 0.0), given.get("alibi")
         assert scale > 0 and inputs.in_place(q, k, call.mV, out) and lse.is_contiguous()
         if call.num_splits > 1:
             assert call.workspace.is_contiguous()
@@ -323,7 +328,7 @@ class Kernels:
             tiles = len(q) * k.shape[2] * -(-q.shape[1] * group // self.rows[-1].tile_m)
             assert call.num_splits > 1 and len(call.counters) >= tiles and not call.counters.any()
         window = {"window_left": call.window_left, "window_right": call.window_right}
-        options = {"softmax_scale": scale, "softcap": softcap or 0.0, "alibi": slopes is not None}
+        options = {"softmax_scale": scale, "softcap": softcap, "alibi": slopes is not None}
         options["sinks"] = call.sinks is not None
         problem, layout = self.problem(q, k, call.ragged, **window, **options)
         used = layout.keys if layout.seqused_k is None else layout.seqused_k

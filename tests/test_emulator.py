@@ -22,7 +22,8 @@ from emulator.memory import (
     Fault,
     Global,
 )
-from error_rule import check_forward, check_gradients
+from error_rule import assert_lse, check_forward, check_gradients
+from random_scores import random_functions
 from score_functions import functions
 from torch import Tensor
 
@@ -490,6 +491,45 @@ def test_decode(arch: str, tokens: int, heads: int, page_size: int, merges: tupl
         for b, n in enumerate(lengths):
             parts = q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]
             check_forward(out[b : b + 1], lse[b : b + 1], *parts, **options.reference(*parts[:2], b))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(12))
+def test_random_functions(seed: int) -> None:
+    """What their operations are in a kernel; what they are on the CPU is tested in test_scores.py."""
+    made = random_functions(seed, 2, 2, 64)
+    check_decode_with(made.functions, made.oracle)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_an_index_out_of_range_reads_the_last_element() -> None:
+    """Nothing outside of the table, in which a difference of indices may not lie."""
+    table = torch.arange(5.0)
+    last = torch.arange(-64, 64)
+    last = table[torch.where((last < 0) | (last > 4), 4, last)].double()
+    given, oracle = (lambda s, b, h, i, j: s + table[i - j]), (lambda s, b, h, i, j: s + last[i - j + 64])
+    check_decode_with({"score_mod": given}, {"score_mod": oracle})
+
+
+def check_decode_with(given: dict, oracle: dict) -> None:
+    """In the smallest kernel."""
+    options, lengths = Options(**given), (40, 25)
+    q = random(2, 2, 2, 64)
+    k, v = (random(2, 40, 2, 64) for _ in range(2))
+    row = config.decode("sm_80", "bfloat16", 64, 2, options.score)
+    sequences = kernels.ragged(seqused_k=integers(*lengths), batch=2, longest=2, keys=40)
+    out, lse = kernels.decode(row, q, k, v, options, sequences, 1, False)
+    torch.set_default_dtype(torch.float64)  # what the oracle makes of integers
+    try:
+        for b, n in enumerate(lengths):
+            parts = q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]
+            expected, expected_lse = attention(*parts, **oracle, first=b, dtype=torch.float64)
+            assert_lse(lse[b : b + 1], expected_lse)
+            torch.testing.assert_close(out[b : b + 1].double(), expected, atol=0.02, rtol=0.01)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("rotary, page_size", [("none", 16), ("halves", 0), ("interleaved", 16)])

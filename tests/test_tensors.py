@@ -131,7 +131,7 @@ def test_kernels_are_given_no_negative_bit(pretended_gpu: None, monkeypatch: pyt
     grads = negated(torch.ones_like(out)), negated(torch.ones_like(lse))
     torch.autograd.grad((out, lse), (q, k, v), grads)
     call, backward = Forward(*seen[0]), Backward(*seen[1])
-    tensors = [*call[:5], call.score.slopes, *backward[:7], backward.score.slopes]
+    tensors = [*call[:5], *call.score.captured, *backward[:7], *backward.score.captured]
     assert not any(x.is_neg() for x in tensors)
     assert torch.equal(call.mQ, q) and torch.equal(backward.mdO, torch.ones_like(out))
 

@@ -13,15 +13,11 @@ from typing import Any
 import torch
 
 NOT_KNOWN = "what a number is, also a captured one, is not known when the kernel is compiled"
+NOT_METHODS = ("where",)  # a tensor's has its arguments in another order
 # What the functions of PyTorch and the methods of its tensors do, by name; filled by `elementary`.
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
-CASTS = {
-    "float": torch.float32,
-    "double": torch.float32,
-    "int": torch.int32,
-    "long": torch.int32,
-    "bool": torch.bool,
-}
+CASTS = {"float": torch.float32, "int": torch.int32, "long": torch.int64, "bool": torch.bool}
+KINDS_OF_CASTS = {dtype: "int" if name == "long" else name for name, dtype in CASTS.items()}
 
 
 class CannotTrace(TypeError):
@@ -40,11 +36,14 @@ class Number:
     def __bool__(self) -> bool:
         raise CannotTrace(
             f"{NOT_KNOWN}: write torch.where(condition, a, b) for `if`, & | ~ for `and or not`, "
-            "torch.minimum and torch.maximum for min and max"
+            "(a < b) & (b < c) for a < b < c, torch.minimum and torch.maximum for min and max"
         )
 
     def __index__(self) -> int:
-        raise CannotTrace(f"{NOT_KNOWN}: write a literal, or a function of torch for one of math")
+        raise CannotTrace(
+            f"{NOT_KNOWN}: write torch's functions for math's, x.float(), x.int() for float(x), int(x), "
+            "a captured tensor for a list that it is to index, a literal for the end of a range"
+        )
 
     __float__ = __int__ = __index__
 
@@ -54,7 +53,7 @@ class Number:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name in CASTS:
             return lambda: self.to(CASTS[name])
-        if name in FUNCTIONS:
+        if name in FUNCTIONS and name not in NOT_METHODS:
             return functools.partial(FUNCTIONS[name], self)
         raise CannotTrace(f"a number in a kernel has no '{name}', but {known()}")
 
@@ -67,13 +66,14 @@ class Number:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        name = function.__name__
-        if name not in FUNCTIONS:
-            raise CannotTrace(f"torch.{name} is not known to kernels, but {known()}")
-        return FUNCTIONS[name](*args, **(kwargs or {}))
+        return getattr(Torch("torch"), function.__name__)(*args, **(kwargs or {}))
 
     def to(self, dtype: torch.dtype) -> "Number":
-        kind = "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+        if dtype not in KINDS_OF_CASTS:
+            raise CannotTrace(
+                f"a number in a kernel cannot become {dtype}: write .float(), .int() or .bool()"
+            )
+        kind = KINDS_OF_CASTS[dtype]
         return Number(self.ops, self.ops.cast(self.x, kind), self.dx if kind == "float" else None)
 
     type = to
@@ -92,13 +92,15 @@ class Table:
         index = index if isinstance(index, tuple) else (index,)
         if len(index) != self.ndim:
             raise CannotTrace(
-                f"a captured tensor of {self.ndim} dimensions needs as many indices, not {len(index)}"
+                f"a captured tensor of {self.ndim} dimensions takes as many, as in x[i, j], not {len(index)}"
             )
         for i in index:
             if not isinstance(i, Number | int):
                 raise CannotTrace(f"a captured tensor takes numbers as indices, no {type(i).__name__}")
             if self.ops.kind(i.x if isinstance(i, Number) else i) != "int":
                 raise CannotTrace("a captured tensor takes integers as indices: write .int()")
+            if isinstance(i, int) and i < 0:
+                raise CannotTrace("an index of a captured tensor counts from its start: it is not negative")
         return Number(
             self.ops, self.ops.load(self.tensor, [i.x if isinstance(i, Number) else i for i in index])
         )
@@ -111,6 +113,21 @@ class Table:
         raise CannotTrace(
             f"a captured tensor can only be indexed in a kernel: no torch.{function.__name__} of it"
         )
+
+
+class Torch:
+    """PyTorch as a function sees it: what kernels can do, dtypes, numbers."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FUNCTIONS:
+            return FUNCTIONS[name]
+        found = getattr(torch, name, None)
+        if isinstance(found, torch.dtype | float):
+            return found
+        raise CannotTrace(f"{self._name}.{name} is not known to kernels, but {known()}")
 
 
 def known() -> str:
@@ -128,6 +145,10 @@ def times(ops: Any, a: Any, b: Any) -> Any:
     if a is None or b is None:
         return None
     return b if is_one(a) else a if is_one(b) else ops.mul(a, b)
+
+
+def is_int32(a: int) -> bool:
+    return -(2**31) <= a < 2**31
 
 
 def is_one(a: Any) -> bool:
@@ -149,11 +170,18 @@ def elementary(*names: str) -> Callable[..., Any]:
 
     def lift(f: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(f)
-        def function(*args: Any) -> Any:
+        def function(*args: Any, **named: Any) -> Any:
             for a in args:
                 if not isinstance(a, Number | int | float):
-                    raise CannotTrace(f"{names[0]} of a {type(a).__name__}: a captured tensor needs indices")
-            ops = next(a.ops for a in args if isinstance(a, Number))
+                    needs = ": a captured tensor needs indices" if isinstance(a, Table) else ""
+                    raise CannotTrace(f"{names[0].strip('_')} of a {type(a).__name__}{needs}")
+                if isinstance(a, int) and not is_int32(a):
+                    raise CannotTrace(f"{a} is no 32-bit integer")
+            if named:
+                raise CannotTrace(f"{names[0].strip('_')} takes no '{next(iter(named))}' in a kernel")
+            ops = next((a.ops for a in args if isinstance(a, Number)), None)
+            if ops is None:
+                raise CannotTrace(f"{names[0].strip('_')} of literals: write its result")
             if isinstance(ops, Kinds):
                 ops.work += 5 if names[0] in ("floor_divide", "remainder") else 1
             return Number(ops, *f(ops, *((a.x, a.dx) if isinstance(a, Number) else (a, None) for a in args)))
@@ -181,6 +209,7 @@ def mul(ops: Any, a: Any, b: Any) -> Any:
 
 @elementary("div", "divide", "true_divide")
 def div(ops: Any, a: Any, b: Any) -> Any:
+    _not_by_zero(ops, b)
     inverse = ops.rcp(b[0])
     x = ops.mul(a[0], inverse)
     return x, times(ops, plus(ops, a[1], minus(ops, times(ops, b[1], x))), inverse)
@@ -193,6 +222,7 @@ def neg(ops: Any, a: Any) -> Any:
 
 @elementary("abs", "absolute")
 def absolute(ops: Any, a: Any) -> Any:
+    _no_conditions(ops, "abs", a)
     d = None if a[1] is None else ops.where(ops.compare("lt", a[0], 0), minus(ops, a[1]), a[1])
     return ops.abs(a[0]), d
 
@@ -214,12 +244,14 @@ def _is_hidden(x: Any) -> bool:
 
 @elementary("minimum", "fmin")
 def minimum(ops: Any, a: Any, b: Any) -> Any:
+    _no_conditions(ops, "minimum", a, b)
     d = a[1] if a[1] is b[1] is None else select(ops, ops.compare("lt", a[0], b[0]), a[1], b[1])
     return ops.minimum(a[0], b[0]), d
 
 
 @elementary("maximum", "fmax")
 def maximum(ops: Any, a: Any, b: Any) -> Any:
+    _no_conditions(ops, "maximum", a, b)
     d = a[1] if a[1] is b[1] is None else select(ops, ops.compare("gt", a[0], b[0]), a[1], b[1])
     return ops.maximum(a[0], b[0]), d
 
@@ -268,6 +300,17 @@ def remainder(ops: Any, a: Any, b: Any) -> Any:
 def _only_integers(ops: Any, sign: str, a: Any, b: Any) -> None:
     if "float" in (ops.kind(a[0]), ops.kind(b[0])):
         raise CannotTrace(f"{sign} takes integers, such as q_idx and kv_idx")
+    _not_by_zero(ops, b)
+
+
+def _not_by_zero(ops: Any, b: Any) -> None:
+    if isinstance(ops, Kinds) and isinstance(b[0], int | float) and b[0] == 0:
+        raise CannotTrace("this divides by zero")
+
+
+def _no_conditions(ops: Any, name: str, *args: Any) -> None:
+    if "bool" in (ops.kind(a[0]) for a in args):
+        raise CannotTrace(f"{name} takes numbers; of conditions, & is the smaller one, | the larger one")
 
 
 def clamp(a: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002, torch's names
@@ -291,9 +334,9 @@ def logical_not(a: Any) -> Any:
     return FUNCTIONS["__xor__"](a, True)
 
 
-def _power(a: Number, n: int) -> Any:
+def power(a: Any, n: int) -> Any:
     if not isinstance(n, int) or not 1 <= n <= 8:
-        raise CannotTrace("a power must be a literal from 1 to 8")
+        raise CannotTrace("a power must be a literal from 1 to 8; or write torch.sqrt, torch.exp")
     return functools.reduce(mul, [a] * n)
 
 
@@ -304,15 +347,15 @@ def _operators() -> None:
     for name, f in pairs.items():
         setattr(Number, f"__{name}__", lambda a, b, f=f: f(a, b))
         setattr(Number, f"__r{name}__", lambda a, b, f=f: f(b, a))
-    for name, other in (("lt", "less"), ("le", "less_equal"), ("gt", "greater"), ("ge", "greater_equal")):
-        f = _condition(name, other)
-        setattr(Number, f"__{name}__", lambda a, b, f=f: f(a, b))
-    for name in ("eq", "ne"):
-        f = _condition(name)
-        setattr(Number, f"__{name}__", lambda a, b, f=f: f(a, b))
-    Number.__neg__, Number.__abs__, Number.__pow__ = lambda a: neg(a), lambda a: absolute(a), _power
+    orders = {"lt": ("less",), "le": ("less_equal",), "gt": ("greater",), "ge": ("greater_equal",)}
+    for name, names in (orders | {"eq": (), "ne": ()}).items():
+        condition = _condition(name, *names)
+        setattr(Number, f"__{name}__", lambda a, b, f=condition: f(a, b))
+    Number.__neg__, Number.__abs__, Number.__pow__ = lambda a: neg(a), lambda a: absolute(a), power
+    Number.__pos__ = lambda a: a
     Number.__invert__ = logical_not
-    FUNCTIONS.update({"logical_not": logical_not, "bitwise_not": logical_not, "square": lambda a: mul(a, a)})
+    FUNCTIONS.update({"logical_not": logical_not, "bitwise_not": logical_not})
+    FUNCTIONS.update({"square": lambda a: mul(a, a), "pow": power})
 
 
 _operators()

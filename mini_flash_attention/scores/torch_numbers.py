@@ -40,13 +40,15 @@ class TorchOps:
         return a * b
 
     def floordiv(self, a: Any, b: Any) -> Any:
+        a, b = self.pair(a, b)
         return a // b
 
     def mod(self, a: Any, b: Any) -> Any:
+        a, b = self.pair(a, b)
         return a % b
 
     def rcp(self, a: Any) -> Any:
-        return 1.0 / (self.floating(a) if isinstance(a, Tensor) else a)
+        return 1.0 / (a if not isinstance(a, Tensor) and a else self.floating(a))
 
     def abs(self, a: Any) -> Any:
         return abs(a)
@@ -84,7 +86,8 @@ class TorchOps:
     def load(self, tensor: Tensor, index: list[Any]) -> Tensor:
         index = [torch.as_tensor(i, device=self.device).long() for i in index]
         ends = zip(index, tensor.shape, strict=True)
-        return tensor[tuple(torch.where((i < 0) | (i >= n), n - 1, i) for i, n in ends)]
+        x = tensor[tuple(torch.where((i < 0) | (i >= n), n - 1, i) for i, n in ends)]
+        return self.floating(x) if x.is_floating_point() else x
 
     def cast(self, a: Any, kind: str) -> Any:
         if kind == "float":

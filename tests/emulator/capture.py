@@ -192,8 +192,8 @@ class CudaTensor:
     """Host memory that says it is on a CUDA device, for a function that takes DLPack tensors."""
 
     def __init__(self, address: int, shape: tuple, strides: tuple, dtype: str) -> None:
-        code = {"int": 0, "float": 2, "bfloat": 4}[dtype.rstrip("0123456789")]
-        bits = int(dtype.lstrip("bfloatin"))
+        code = {"int": 0, "uint": 1, "float": 2, "bfloat": 4}[dtype.rstrip("0123456789")]
+        bits = int(dtype.lstrip("bfloatuin"))
         self._sizes = [(ctypes.c_int64 * len(shape))(*values) for values in (shape, strides)]
         pointers = [ctypes.addressof(sizes) for sizes in self._sizes]
         self._tensor = _DLTensor(address, CUDA, 0, len(shape), code, bits, 1, *pointers, 0, None, None)
