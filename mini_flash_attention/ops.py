@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from mini_flash_attention import backend, checks, problem, sinks
 from mini_flash_attention.gpu import fast
@@ -322,19 +321,16 @@ def _flops_of_attention(q: Sequence[int], k: Sequence[int], options: tuple[Any, 
     return _flops(q, _most_keys(k, options[3]), options[10], options[12])
 
 
-@register_flop_formula(OPERATORS.forward)
 def flops_of_forward(q: Any, k: Any, v: Any, *options: Any, out_shape: Any = None, **_: Any) -> int:
     return _flops_of_attention(q, k, options)
 
 
-@register_flop_formula(OPERATORS.forward_into)
 def flops_of_forward_into(
     q: Any, k: Any, v: Any, out: Any, *options: Any, out_shape: Any = None, **_: Any
 ) -> int:
     return _flops_of_attention(q, k, options)
 
 
-@register_flop_formula(OPERATORS.backward)
 def flops_of_backward(
     dout: Any,
     dlse: Any,
@@ -350,13 +346,11 @@ def flops_of_backward(
     return _flops_of_attention(q, k, options) * 5 // 2
 
 
-@register_flop_formula(OPERATORS.cache)
 def flops_of_cache(q: Any, k_cache: Any, v_cache: Any, *options: Any, out_shape: Any = None, **_: Any) -> int:
     length, table, causal, right = options[1], options[4], options[8], options[10]
     return _flops(q, _most_keys(k_cache, table) if length is None else length, causal, right)
 
 
-@register_flop_formula(OPERATORS.cache_append)
 def flops_of_cache_append(
     q: Any, k_cache: Any, v_cache: Any, *others: Any, out_shape: Any = None, **_: Any
 ) -> int:
@@ -365,18 +359,50 @@ def flops_of_cache_append(
     return flops_of_cache(q, k_cache, v_cache, seqlens, length, *options)
 
 
+FLOPS = {
+    OPERATORS.forward: flops_of_forward,
+    OPERATORS.forward_into: flops_of_forward_into,
+    OPERATORS.backward: flops_of_backward,
+    OPERATORS.cache: flops_of_cache,
+    OPERATORS.cache_append: flops_of_cache_append,
+}
+
+
+# Who counts FLOPs or splits tensors is told when a call is watched, and not before: flop_counter imports
+# Triton, torch.distributed.tensor takes a second.
+
+
+_told: set[str] = set()
+
+
+def tell() -> None:
+    """Tell those parts of PyTorch that somebody has imported what they want to know of the operators."""
+    for module, register in (
+        ("torch.utils.flop_counter", register_flops),
+        ("torch.distributed.tensor", register_sharding),
+    ):
+        if module in sys.modules and module not in _told:
+            _told.add(module)
+            register()
+
+
+# torch.compile calls it instead of tracing it. torch.compiler.assume_constant_result sets the same, but
+# imports the whole compiler for it.
+tell._dynamo_marked_constant = True
+
+
+def register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for operator, formula in FLOPS.items():
+        register_flop_formula(operator)(formula)
+
+
 # Tensor parallelism
 
 
-_sharded = False
-
-
 def register_sharding() -> None:
-    """Tell DTensor, if there is any, that attention is local where tensors are split over batch or heads."""
-    global _sharded
-    if _sharded or "torch.distributed.tensor" not in sys.modules:
-        return
-    _sharded = True
+    """Attention is local where tensors are split over batch or heads."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding as register
 
@@ -411,11 +437,6 @@ def register_sharding() -> None:
             if divides(q, k):
                 ways.append(way(heads, heads_of_lse))
         return ways
-
-
-# torch.compile calls it instead of tracing it. torch.compiler.assume_constant_result sets the same, but
-# imports the whole compiler for it.
-register_sharding._dynamo_marked_constant = True
 
 
 # What `api` calls
@@ -511,6 +532,7 @@ def run_backward(
     problem: Problem, x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, ...]:
     """backend.backward, of a plain forward pass."""
+    tell()
     layout = x.layout or Layout()
     given = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, None, problem.max_seqlen_q
     seed = x.seed
@@ -544,7 +566,7 @@ def _refuse(*, s_aux: Tensor | None, **tensors: Tensor) -> None:
         checks.facts(name, x)
     if s_aux is not None:
         checks.facts("s_aux", s_aux)
-    register_sharding()
+    tell()
 
 
 def _in_forward_mode(*tensors: Tensor) -> bool:
