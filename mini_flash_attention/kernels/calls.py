@@ -31,10 +31,8 @@ class Score(NamedTuple):
     """What becomes of Q·Kᵀ before the softmax: parts/scores.py."""
 
     scale: Float32  # softmax_scale, > 0
-    captured: tuple[Float32 | Int32 | Tensor, ...] | None = (
-        None  # by config.score; tensors of any strides but
-    )
-    # a unit last one
+    # By the functions of config.score; tensors of any strides but a unit last one.
+    captured: tuple[Float32 | Int32 | Tensor, ...] | None = None
 
 
 class Dropout(NamedTuple):
