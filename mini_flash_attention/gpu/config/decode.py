@@ -18,7 +18,6 @@ class Decode:
     """Every static fact of a decode kernel, and of the combine kernel in the same library."""
 
     kernel: ClassVar[str] = "decode.attend"
-    stack: ClassVar[int] = 0
     ragged: ClassVar[bool] = True
     warps: ClassVar[int] = 4
     arch: str
@@ -31,6 +30,11 @@ class Decode:
     score: Scoring = PLAIN  # kernels/parts/scores.py
     page: int = 0  # 1: k and v are pages, of any size
     sinks: bool = False  # attention sinks: kernels/parts/softmax.py
+
+    @property
+    def stack(self) -> int:
+        """Bytes of stack it may use: a few words, with functions of the scores; not measured against less."""
+        return 24 if self.score and self.head_dim == 256 and self.tile_m == 64 else 0
 
     @property
     def row_warps(self) -> int:
