@@ -411,7 +411,8 @@ def _dense(
 ) -> Output:
     """names: what the caller calls the arguments. functions: score_mod, mask_mod, block_mask."""
     if functions != NO_FUNCTIONS:
-        return _uncompiled(_dense_with)(functions, q, k, v, options, return_attn_probs)
+        call = dense, (q, k, v, options), options[7], None
+        return _uncompiled(_attention_with)(functions, *call, return_attn_probs)
     if fast.is_watched(q, k, v, options[7]):
         return ops.attention(q, k, v, ops.DENSE, options, None, return_attn_probs)
     problem, x = dense(q, k, v, options, names)
@@ -431,7 +432,8 @@ def _varlen(
 ) -> Output:
     """As _dense."""
     if functions != NO_FUNCTIONS:
-        return _uncompiled(_varlen_with)(functions, q, k, v, lengths, options, out, return_attn_probs)
+        call = varlen, (q, k, v, lengths, options, out), options[7], out
+        return _uncompiled(_attention_with)(functions, *call, return_attn_probs)
     if fast.is_watched(q, k, v, options[7]):
         cu_seqlens_q, cu_seqlens_k, longest, _, block_table, seqused_k = lengths
         longest = None if isinstance(longest, Tensor) else longest
@@ -444,26 +446,17 @@ def _varlen(
 # With functions of the scores, which torch.compile runs as they are, outside of its graphs
 
 
-def _dense_with(
-    functions: Functions, q: Tensor, k: Tensor, v: Tensor, options: Options, return_attn_probs: bool
-) -> Output:
-    checks.no_functions(fast.is_watched(q, k, v, options[7]))
-    problem, x = with_functions(*dense(q, k, v, options), *functions)
-    return _attention(problem, x, None, return_attn_probs)
-
-
-def _varlen_with(
+def _attention_with(
     functions: Functions,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Lengths,
-    options: Options,
+    make: Callable[..., tuple[Problem, Inputs]],
+    arguments: tuple[Any, ...],
+    s_aux: Tensor | None,
     out: Tensor | None,
     return_attn_probs: bool,
 ) -> Output:
-    checks.no_functions(fast.is_watched(q, k, v, options[7]))
-    problem, x = with_functions(*varlen(q, k, v, lengths, options, out), *functions)
+    """make, arguments: problem.dense or varlen, and what it takes, q, k and v first."""
+    checks.no_functions(fast.is_watched(*arguments[:3], s_aux))
+    problem, x = with_functions(*make(*arguments), *functions)
     return _attention(problem, x, out, return_attn_probs)
 
 

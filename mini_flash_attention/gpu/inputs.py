@@ -89,7 +89,7 @@ def ragged(problem: Problem, layout: Layout, added: int = 0) -> Ragged:
 
 
 def score(of_plan: Score, x: Inputs, batch: int) -> Score:
-    """The plan's with what a call captures beside the softcap: in the order of plans.scoring."""
+    """The plan's with what a call captures beside the softcap: in the order of Problem.scoring."""
     slopes = x.alibi_slopes
     if slopes is None and not x.captured:
         return of_plan

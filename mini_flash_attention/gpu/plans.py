@@ -41,7 +41,6 @@ class ForwardPlan(NamedTuple):
     swath: int = 0
     num_sms: int | None = None
     counter: Any | None = None  # None: each call has its own
-    sparse: bool = False  # the kernel takes the lists of a block mask
 
     def call(
         self,
@@ -95,7 +94,7 @@ class BackwardPlan(NamedTuple):
     workspace: config.Workspace
     heads_per_tile: int  # query heads of a group that a thread block walks
     num_sms: int | None = None
-    sparse: bool = False
+    sparse: bool = False  # the kernel takes the lists of a block mask; if not, it visits every block
 
 
 class AppendPlan(NamedTuple):
@@ -143,8 +142,7 @@ def forward(problem: Problem, path: str) -> ForwardPlan:
         drawn = m_blocks * problem.heads_q > num_sms  # else no tile is, and any address will do
         persistent = num_sms, None if drawn else memory.unused(device)
     schedule = problem.dropout_p, swath(tiles, problem, num_sms), *persistent
-    plan = ForwardPlan(compile.get(row), device, results(problem), score(problem), window(problem), *schedule)
-    return plan._replace(sparse=row.sparse)
+    return ForwardPlan(compile.get(row), device, results(problem), score(problem), window(problem), *schedule)
 
 
 def decode(problem: Problem, row: config.Decode, num_splits: int) -> DecodePlan:
@@ -198,7 +196,7 @@ def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardCo
     features = _features(problem)
     # Turns are those of all blocks, and the sm80 kernels know no others: each is visited, and masked.
     if problem.deterministic or path == "sm80":
-        features.pop("sparse", None)
+        del features["sparse"]
     return config.backward(path, arch, *_facts(problem), problem.deterministic, **features)
 
 
@@ -217,10 +215,8 @@ def _facts(problem: Problem) -> tuple[str, int, str]:
 
 
 def _features(problem: Problem) -> dict[str, Scoring | bool]:
-    features = {"score": problem.scoring, "ragged": problem.ragged, "dropout": problem.dropout_p > 0}
-    if problem.sparse:
-        features["sparse"] = True
-    return features
+    of_call = {"ragged": problem.ragged, "dropout": problem.dropout_p > 0, "sparse": problem.sparse}
+    return {"score": problem.scoring, **of_call}
 
 
 def dtype_name(problem: Problem) -> str:

@@ -108,7 +108,7 @@ def launch(
         lse = fast.allocate(*results.lse)
     score = inputs.score(plan.score, x, problem.batch)
     sinks = None if x.s_aux is None else inputs.sinks(x.s_aux)
-    more = (inputs.blocks(problem, x),) if x.block_mask is not None and plan.sparse else ()
+    more = (inputs.blocks(problem, x),) if x.block_mask is not None else ()  # a plan that decodes has none
     plan.launch(*plan.call((q, k, v, out, lse), score, ragged, x.seed, sinks, *more))
     return out, lse if with_lse else None
 
