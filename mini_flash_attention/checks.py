@@ -122,14 +122,22 @@ def dtypes_and_devices(
 
 
 def index(
-    name: str, x: Facts | None, device: torch.device, dims: str, wanted: tuple[int | None, ...] | None = None
+    name: str,
+    x: Facts | None,
+    q: tuple[str, torch.device],
+    dims: str,
+    wanted: tuple[int | None, ...] | None = None,
 ) -> None:
-    """An int32 tensor of the sizes `wanted`, if it is given; a size of None may be any."""
+    """An int32 tensor of the sizes `wanted`, if it is given; a size of None may be any.
+
+    q: what the caller calls it, and where it is.
+    """
     if x is None:
         return
     shape, dtype, its_device = x
     require(dtype == torch.int32, f"{name} must be torch.int32, not {dtype}", TypeError)
-    require(its_device == device, f"{name} is on {its_device}, but q is on {device}")
+    name_q, device = q
+    require(its_device == device, f"{name} is on {its_device}, but {name_q} is on {device}")
     rank(name, shape, dims)
     if wanted is not None:
         sizes(name, shape, dims, wanted)

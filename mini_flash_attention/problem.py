@@ -364,12 +364,13 @@ def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object, names: N
         checks.rank(name, shape, dims)
     checks.heads(*shapes, three)
     checks.dtypes_and_devices(dtypes, devices, three)
-    checks.index(names["cu_seqlens_q"], cu_seqlens_q, device, "batch + 1")
+    whose = three[0], device
+    checks.index(names["cu_seqlens_q"], cu_seqlens_q, whose, "batch + 1")
     batch = cu_seqlens_q[0][0] - 1
     require(batch >= 0, f"{names['cu_seqlens_q']} must have batch + 1 elements, not none")
-    checks.index(names["cu_seqlens_k"], cu_seqlens_k, device, "batch + 1", (batch + 1,))
-    checks.index("seqused_k", seqused_k, device, "batch", (batch,))
-    checks.index("block_table", block_table, device, "batch, max_pages", (batch, None))
+    checks.index(names["cu_seqlens_k"], cu_seqlens_k, whose, "batch + 1", (batch + 1,))
+    checks.index("seqused_k", seqused_k, whose, "batch", (batch,))
+    checks.index("block_table", block_table, whose, "batch, max_pages", (batch, None))
     one_row_each = block_table is not None or packed_k or k[0] == batch
     require(one_row_each, f"k and v must have the batch size of cu_seqlens_q, {batch}, not {k[0]}")
     if out is not None:
@@ -407,13 +408,14 @@ def _cache(
     like_q, batch = (dtypes[0], devices[0]), q[0]
 
     checks.new_keys(k, v, (batch, None, *k_cache[2:]), like_q, cache_seqlens)
+    whose = three[0], devices[0]
     if cache_seqlens != "int":
-        checks.index("cache_seqlens", cache_seqlens, devices[0], "batch", (batch,))
-    checks.index("cache_batch_idx", cache_batch_idx, devices[0], "batch", (batch,))
-    checks.index("cache_leftpad", cache_leftpad, devices[0], "batch", (batch,))
+        checks.index("cache_seqlens", cache_seqlens, whose, "batch", (batch,))
+    checks.index("cache_batch_idx", cache_batch_idx, whose, "batch", (batch,))
+    checks.index("cache_leftpad", cache_leftpad, whose, "batch", (batch,))
     page_size, capacity, rows = 0, k_cache[1], k_cache[0]
     if block_table is not None:
-        checks.index("block_table", block_table, devices[0], "batch, max_pages", (None, None))
+        checks.index("block_table", block_table, whose, "batch, max_pages", (None, None))
         page_size, rows = _page_size("k_cache", k_cache), block_table[0][0]
         capacity = page_size * block_table[0][1]
     needed = batch if cache_batch_idx is None else min(batch, 1)

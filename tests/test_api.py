@@ -197,6 +197,7 @@ def test_packed_is_the_same_computation() -> None:
             "kv has 2",
         ),
         (lambda x: packed_sequences(x, cu_seqlens=x), TypeError, "^cu_seqlens must be torch.int32"),
+        (lambda x: packed_sequences(x.to("meta")), ValueError, "cu_seqlens is on cpu, but qkv is on meta"),
         (lambda x: packed_sequences(x, max_seqlen=-1), ValueError, "^max_seqlen must not be negative"),
         (lambda x: packed_sequences(x, max_seqlen=None), TypeError, "^max_seqlen must be an int"),
         (lambda x: packed_sequences(x, cu_seqlens=[0]), TypeError, "^cu_seqlens must be a torch.Tensor"),
