@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import mini_flash_attention
-from mini_flash_attention import backend, checks, cpu, problem
+from mini_flash_attention import backend, checks, cpu, problem, sinks
 from mini_flash_attention.problem import Inputs, Problem
 from tests.fuzz import __main__ as fuzz
 from tests.fuzz.call import Call
@@ -99,6 +99,10 @@ def without_dlse(backward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda problem, x, out, lse, dout, dlse: backward(problem, x, out, lse, dout, None)
 
 
+def without_dlse_of_sinks(gradient: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda s_aux, out, lse, dout, dlse: gradient(s_aux, out, lse, dout, None)
+
+
 def a_token_later(append: Callable[..., Any]) -> Callable[..., Any]:
     def faulty(problem: Problem, x: Inputs, update: Any) -> Any:
         return append(problem, x, update._replace(k=update.k.roll(1, dims=1)))
@@ -145,6 +149,7 @@ def without_the_last(unpad: Callable[..., Any]) -> Callable[..., Any]:
         (cpu, "backward", without_dlse, "gradient of [qk]"),
         (cpu, "backward", problem_with(window_left=lambda p: one_more(p.window_left)), "gradient of"),
         (cpu, "backward", problem_with(dropout_p=lambda p: 0.9 * p.dropout_p), "gradient of"),
+        (sinks, "gradient", without_dlse_of_sinks, "gradient of s_aux"),
         (cpu, "dropout_probabilities", problem_with(dropout_p=lambda p: p.dropout_p / 2), "dropped|error"),
         (backend.kv_append, "append", a_token_later, "cache is not what it must be"),
         (backend.kv_append, "rotate", lambda rotate: lambda x, update, positions: x, "cache|lse|out"),
@@ -153,7 +158,7 @@ def without_the_last(unpad: Callable[..., Any]) -> Callable[..., Any]:
     ],
     ids=[
         *("window_left", "window_right", "softmax_scale", "softcap", "seqused_k", "uninitialised", "dlse"),
-        *("backward_window", "backward_dropout", "S_dmask", "append", "rotary", "pad", "unpad"),
+        *("backward_window", "backward_dropout", "sinks", "S_dmask", "append", "rotary", "pad", "unpad"),
     ],
 )
 def test_faults_are_found(
