@@ -350,6 +350,30 @@ def test_ragged_forward(case: dict, page: int, page_size: int, window: tuple, si
     assert not out[:, -7:].any() and (lse[:, :, -7:] == -torch.inf).all()  # rows of no sequence
 
 
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", [SM80 | {"d": 64}, SM90 | {"d": 64}])
+def test_a_sequence_is_as_alone(case: dict) -> None:
+    """Bit for bit, beside others whose scores, in rows of the same warps, grow a hundred times as fast."""
+    lengths_q, lengths_k = (100, 24, 20), (300, 270, 290)
+    cu_q, cu_k = (integers(0, *torch.tensor(x).cumsum(0)) for x in (lengths_q, lengths_k))
+    q, k, v = dense(case, sq=int(cu_q[-1]), sk=int(cu_k[-1]))
+    q[:, 100:] *= 100
+    options = Options(window=CAUSAL)
+    row = row_of(config.forward, case, options, ragged=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
+        batch = {"batch": len(cu_q) - 1, "longest": max(lengths_q)}
+        sequences = kernels.ragged(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **batch)
+        return kernels.forward(row, q, k, v, options, sequences)
+
+    out, lse = attend(q, k, v, cu_q, cu_k)
+    for rows, keys in zip(spans(cu_q)[:2], spans(cu_k)[:2], strict=True):
+        alone = (integers(0, x.stop - x.start) for x in (rows, keys))
+        out_alone, lse_alone = attend(q[:, rows], k[:, keys], v[:, keys], *alone)
+        assert torch.equal(out[:, rows], out_alone) and torch.equal(lse[:, :, rows], lse_alone)
+
+
 def spans(cu_seqlens: Tensor) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
 

@@ -40,7 +40,7 @@ class OnlineSoftmax:
 
     Any offset gives the same result as long as nothing overflows. The textbook takes the running
     maximum and rescales O in each block; here a row keeps its offset while its maximum, in log2, has
-    not grown by more than SLACK.
+    not grown by more than SLACK. A warp votes whether any of its rows must be renewed.
     """
 
     offset: cute.Tensor  # (rows): log2 units
@@ -85,6 +85,8 @@ class OnlineSoftmax:
             for r in cutlass.range_constexpr(rows):
                 old = self.offset[r]
                 new = cute.arch.fmax(old, cute.arch.warp_reduction_max(row_max[r], threads_in_group=4))
+                # each row for itself: its bits do not depend on the rows beside it, maybe another sequence's
+                new = new if new - old > SLACK else old
                 # equal offsets first: -inf - -inf is NaN
                 alpha[r] = Float32(1.0) if old == new else cute.math.exp2(old - new, fastmath=True)
                 self.row_sum[r] = self.row_sum[r] * alpha[r]
