@@ -190,6 +190,7 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    num_splits: int = 0,
 ) -> Output:
     """`flash_attn_func` for a batch of sequences of any lengths, packed one after the other.
 
@@ -219,6 +220,10 @@ def flash_attn_varlen_func(
         out: where to write the result, a tensor like q; it is returned. It may be q.
         score_mod, mask_mod: as in `flash_attn_func`; batch is the number of the sequence, in which q_idx and
             kv_idx count.
+        num_splits: into how many parts to split the keys of few queries, 1 to 128; 0 chooses. With 1 the
+            result is batch-invariant: each sequence's out and softmax_lse are, bit for bit, what they are
+            without the others (docs/batch_invariance.md). It does not concern the backward pass; more than
+            1 does not concern a forward pass with dropout either.
 
     The other arguments are those of `flash_attn_func`; alibi_slopes may be (batch, heads) here too.
     Lengths out of range are cut to what the tensors hold; pages that are used must exist.
@@ -240,7 +245,7 @@ def flash_attn_varlen_func(
         Else as `flash_attn_func`.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, num_splits)
     functions = score_mod, mask_mod, None
     return _varlen(q, k, v, lengths, options, out, return_attn_probs, checks.OUR_NAMES, functions)
 
@@ -270,7 +275,7 @@ def flash_attn_varlen_qkvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
     """
     q, k, v = _unpack("qkv", qkv, "total, 3, heads, head_dim")
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None, None, 0)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _varlen(q, k, v, lengths, options, None, return_attn_probs, QKV)
 
@@ -302,7 +307,7 @@ def flash_attn_varlen_kvpacked_func(
     The other arguments, what is returned and what is raised are those of `flash_attn_varlen_func`.
     """
     k, v = _unpack("kv", kv, "total, 2, heads, head_dim")
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, 0)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     return _varlen(q, k, v, lengths, options, None, return_attn_probs, KV)
 
@@ -363,7 +368,8 @@ def flash_attn_with_kvcache(
         softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux: as in `flash_attn_func`. The last
             query is on the diagonal of the last key, new ones included.
         rotary_interleaved: rotate elements 2i and 2i + 1 of a head; else i and i + rotary_dim / 2.
-        num_splits: into how many parts to split the keys, 1 to 128; 0 chooses by the capacity.
+        num_splits: into how many parts to split the keys, 1 to 128; 0 chooses by the capacity. With 1 the
+            result is batch-invariant, as in `flash_attn_varlen_func`.
         return_softmax_lse: return (out, softmax_lse) instead of out.
         score_mod, mask_mod: as in `flash_attn_func`; kv_idx counts a sequence's keys, left padding aside.
 
@@ -393,7 +399,7 @@ def flash_attn_with_kvcache(
         out, lse = ops.cached(q, k_cache, v_cache, new, places, options, num_splits)
     else:
         problem, x, update = cache(q, k_cache, v_cache, new, places, options, num_splits)
-        out, lse = backend.with_cache(problem, x, update, num_splits, return_softmax_lse)
+        out, lse = backend.with_cache(problem, x, update, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -414,7 +420,7 @@ def _dense(
         call = dense, (q, k, v, options), options[7], None
         return _uncompiled(_attention_with)(functions, *call, return_attn_probs)
     if fast.is_watched(q, k, v, options[7]):
-        return ops.attention(q, k, v, ops.DENSE, options, None, return_attn_probs)
+        return ops.attention(q, k, v, ops.DENSE, options, 0, None, return_attn_probs)
     problem, x = dense(q, k, v, options, names)
     return _attention(problem, x, None, return_attn_probs)
 
@@ -435,10 +441,10 @@ def _varlen(
         call = varlen, (q, k, v, lengths, options, out), options[7], out
         return _uncompiled(_attention_with)(functions, *call, return_attn_probs)
     if fast.is_watched(q, k, v, options[7]):
-        cu_seqlens_q, cu_seqlens_k, longest, _, block_table, seqused_k = lengths
+        cu_seqlens_q, cu_seqlens_k, longest, _, block_table, seqused_k, num_splits = lengths
         longest = None if isinstance(longest, Tensor) else longest
         layout = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, longest)
-        return ops.attention(q, k, v, layout, options, out, return_attn_probs)
+        return ops.attention(q, k, v, layout, options, num_splits, out, return_attn_probs)
     problem, x = varlen(q, k, v, lengths, options, out, names)
     return _attention(problem, x, out, return_attn_probs)
 
@@ -478,7 +484,7 @@ def _cached_with(
         checks.no_gradient(
             "flash_attn_with_kvcache", {f"captured tensor {i}": y for i, y in enumerate(tensors)}
         )
-    return backend.with_cache(problem, x, update, num_splits, True)
+    return backend.with_cache(problem, x, update, True)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -53,9 +53,9 @@ def choose(device: torch.device, forced: str | None) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def attention_plan(problem: Problem, num_splits: int, forced: str | None) -> run.AttentionPlan | None:
+def attention_plan(problem: Problem, forced: str | None) -> run.AttentionPlan | None:
     path = choose(problem.device, forced)
-    return None if path == "cpu" else plans.attention(problem, num_splits, path)
+    return None if path == "cpu" else plans.attention(problem, path)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -82,7 +82,7 @@ def forward(
 
     With `out` given, the result is written there. Without `with_lse` there need be no lse.
     """
-    plan = attention_plan(problem, 0, forced_backend())
+    plan = attention_plan(problem, forced_backend())
     if plan is None:
         return on_cpu(cpu.forward, problem, x, out)
     if fast.current_device() == plan.device:
@@ -112,10 +112,10 @@ def captured_gradients(
 
 
 def with_cache(
-    problem: Problem, x: Inputs, update: CacheUpdate | None, num_splits: int, with_lse: bool
+    problem: Problem, x: Inputs, update: CacheUpdate | None, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Append to the cache in x.k and x.v, then attention to it: out, like q, and lse as in `forward`."""
-    plan = attention_plan(problem, num_splits, forced_backend())
+    plan = attention_plan(problem, forced_backend())
     if plan is None:
         if update is not None:
             x = on_cpu(kv_append.append, problem, x, update)

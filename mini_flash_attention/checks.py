@@ -428,7 +428,7 @@ def values_of_varlen(
 
     With pages the layout may have the lengths that cu_seqlens_k gives as seqused_k. num_pages: of k.
     """
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _, seqused_k = given
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _, seqused_k, _ = given
     name_q, name_k, longest_q, longest_k = (names[name] for name in tuple(OUR_NAMES)[3:])
     queries = _lengths(name_q, cu_seqlens_q.tolist(), problem.seqlen_q)
     first = cu_seqlens_q[0].item()  # keys may start later: nobody reads those before

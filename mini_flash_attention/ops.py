@@ -30,7 +30,7 @@ LAYOUT = (
 )
 SCORE = "float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap"
 TENSORS = "Tensor? alibi_slopes, Tensor? s_aux, Tensor? seed"
-OPTIONS = f"{LAYOUT}, {TENSORS}, float dropout_p, {SCORE}, bool deterministic"
+OPTIONS = f"{LAYOUT}, {TENSORS}, float dropout_p, {SCORE}, bool deterministic, SymInt num_splits"
 DENSE = (None,) * 5  # the layout of dense q, k, v
 S_AUX = 6  # its place in OPTIONS
 UPDATE = "Tensor k, Tensor v, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
@@ -54,15 +54,16 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 def call_of(
     q: Tensor, k: Tensor, v: Tensor, *options: Any, out: Tensor | None = None
 ) -> tuple[Problem, Inputs]:
-    *layout, slopes, s_aux, seed, dropout_p, scale, causal, left, right, softcap, deterministic = options
+    (*layout, slopes, s_aux, seed, dropout_p), score, last = options[:-7], options[-7:-2], options[-2:]
     cu_seqlens_q, cu_seqlens_k, seqused_k, table, longest = layout
+    (scale, causal, left, right, softcap), (deterministic, num_splits) = score, last
     options = dropout_p, scale, causal, (left, right), softcap, slopes, deterministic, s_aux
     if cu_seqlens_q is None:
         facts, x = problem.dense(q, k, v, options)
     else:
         longest = q.shape[0] if longest is None else longest
         longest_k = _most_keys(k.shape, None if table is None else table.shape)
-        lengths = cu_seqlens_q, cu_seqlens_k, longest, longest_k, table, seqused_k
+        lengths = cu_seqlens_q, cu_seqlens_k, longest, longest_k, table, seqused_k, num_splits
         with torch.no_grad():  # whoever called has asked for what requires a gradient
             facts, x = problem.varlen(q, k, v, lengths, options, out)
     if seed is not None:  # as `api` draws it: a number, or one on the GPU
@@ -97,9 +98,9 @@ def backward(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *options, deterministic = options
+    *options, deterministic, num_splits = options
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    facts, x = call_of(q, k, v, *options, deterministic)
+    facts, x = call_of(q, k, v, *options, deterministic, num_splits)
     return tuple(dx.contiguous() for dx in backend.backward(facts, x, out, lse, dout, dlse))
 
 
@@ -119,8 +120,8 @@ def fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor
 
 
 def _check(*arguments: Any) -> None:
-    *tensors, seed, dropout_p, scale, causal, left, right, softcap, deterministic = arguments
-    call_of(*tensors, None, dropout_p, scale, causal, left, right, softcap, deterministic)
+    tensors, numbers = arguments[: 3 + S_AUX + 1], arguments[3 + S_AUX + 2 :]
+    call_of(*tensors, None, *numbers)  # without a seed
 
 
 def fake_forward_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any) -> Tensor:
@@ -280,7 +281,7 @@ def cache_append(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> t
     places = (length if seqlens is None else seqlens), *places
     with torch.no_grad():
         facts, x, update = problem.cache(q, k_cache, v_cache, new, places, options, num_splits)
-        out, lse = backend.with_cache(facts, x, update, num_splits, True)
+        out, lse = backend.with_cache(facts, x, update, True)
     return like(q, out), lse
 
 
@@ -448,6 +449,7 @@ def attention(
     v: Tensor,
     layout: tuple[Any, ...],
     options: tuple[Any, ...],
+    num_splits: int,
     out: Tensor | None,
     return_attn_probs: bool,
 ) -> Any:
@@ -480,7 +482,8 @@ def attention(
             "it with PyTorch operations"
         )
     seed = draw_seed(q.device) if dropout_p else None
-    options = *layout, slopes, s_aux, seed, dropout_p, *score, checks.flag("deterministic", deterministic)
+    last = checks.flag("deterministic", deterministic), num_splits
+    options = *layout, slopes, s_aux, seed, dropout_p, *score, *last
     if out is not None:
         lse = OPERATORS.forward_into(q, k, v, out, *options)
     elif forward_mode:  # PyTorch differentiates the operations of the CPU backend
@@ -540,7 +543,8 @@ def run_backward(
         seed = torch.tensor([seed])
     left, right = (-1 if limit is None else limit for limit in (problem.window_left, problem.window_right))
     score = problem.softmax_scale, False, left, right, problem.softcap
-    options = *given, x.alibi_slopes, x.s_aux, seed, problem.dropout_p, *score, problem.deterministic
+    last = problem.deterministic, problem.num_splits
+    options = *given, x.alibi_slopes, x.s_aux, seed, problem.dropout_p, *score, *last
     return OPERATORS.backward(dout, dlse, x.q, x.k, x.v, out, lse, *options)
 
 

@@ -59,6 +59,7 @@ class Problem:
     page_size: int = 0  # tokens of a page of k and v; 0: they are not paged
     left_padded: bool = False
     max_seqlen_q: int = 0  # the longest sequence of q, says the caller: for speed, never for safety
+    num_splits: int = 0  # parts of the keys; 0 to choose; 1: nothing is chosen by what else is in the batch
 
     @cached_property
     def _hash(self) -> int:
@@ -143,7 +144,8 @@ class CacheUpdate(NamedTuple):
 # Arguments of the public functions that travel together, as the caller gave them. Plain tuples: each call
 # makes some, and a NamedTuple takes 0.3 µs more.
 Options = tuple  # dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux
-Lengths = tuple  # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k
+# cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, num_splits
+Lengths = tuple
 Places = tuple  # cache_seqlens, cache_batch_idx, cache_leftpad, block_table
 New = tuple  # k, v, rotary_cos, rotary_sin, rotary_interleaved
 
@@ -178,7 +180,7 @@ def varlen(
     names: Names = OUR_NAMES,
 ) -> tuple[Problem, Inputs]:
     """A call of `flash_attn_varlen_func`, which documents arguments and errors; names as in `dense`."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k = lengths
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, num_splits = lengths
     alibi_slopes, s_aux, facts = options[5], options[7], checks.facts
     three = _facts_of_three(q, k, v)
     checks.max_seqlen(names["max_seqlen_k"], max_seqlen_k)
@@ -196,7 +198,7 @@ def varlen(
     if out is not None and torch.is_grad_enabled():
         given = {"q": q, "k": k, "v": v, "s_aux": s_aux, "out": out}
         checks.no_gradient("out: attention into a given tensor", given)
-    problem = _remembered(_varlen, tensors, options, (longest,), names)
+    problem = _remembered(_varlen, tensors, options, (longest, num_splits), names)
     if out is not None:
         checks.out_alone(out, {"q": q, "k": k, "v": v})
     used = None if seqused_k is None else seqused_k.contiguous()
@@ -348,7 +350,9 @@ def _dense(tensors: tuple, *options: object, names: Names = OUR_NAMES) -> Proble
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object, names: Names = OUR_NAMES) -> Problem:
+def _varlen(
+    tensors: tuple, max_seqlen_q: int | None, num_splits: int, *options: object, names: Names = OUR_NAMES
+) -> Problem:
     shapes, dtypes, devices, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, *features = tensors
     q, k, _ = shapes
     device = devices[0]
@@ -380,6 +384,7 @@ def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object, names: N
     page_size, seqlen_k = 0, k[0 if packed_k else 1]
     if block_table is not None:
         page_size, seqlen_k = _page_size("k", k), block_table[0][1] * k[1]
+    checks.splits(num_splits)
     facts = Problem(dtypes[0], device, batch, q[0], seqlen_k, q[1], k[-2], q[2], 1.0)
     facts = replace(
         facts,
@@ -388,8 +393,9 @@ def _varlen(tensors: tuple, max_seqlen_q: int | None, *options: object, names: N
         packed_k=packed_k,
         page_size=page_size,
         max_seqlen_q=q[0] if max_seqlen_q is None else min(q[0], max_seqlen_q),
+        num_splits=num_splits,
     )
-    return _with_options(facts, *features, *options)
+    return _with_options(facts, *features, *options, keep_window=num_splits == 1)
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -427,10 +433,15 @@ def _cache(
 
     facts = Problem(dtypes[0], devices[0], batch, q[1], capacity, q[2], k_cache[2], q[3], 1.0)
     facts = replace(
-        facts, ragged=True, page_size=page_size, left_padded=cache_leftpad is not None, max_seqlen_q=q[1]
+        facts,
+        ragged=True,
+        page_size=page_size,
+        left_padded=cache_leftpad is not None,
+        max_seqlen_q=q[1],
+        num_splits=num_splits,
     )
     # A window decides at which positions several queries are rotated, even where it hides no key.
-    keep_window = rotary_cos is not None and q[1] > 1
+    keep_window = num_splits == 1 or (rotary_cos is not None and q[1] > 1)
     return _with_options(facts, *features, *options, keep_window=keep_window)
 
 
@@ -453,7 +464,10 @@ def _with_options(
     deterministic: bool,
     keep_window: bool = False,
 ) -> Problem:
-    """The problem with the options that all functions share, checked and in their normal form."""
+    """The problem with the options that all functions share, checked and in their normal form.
+
+    keep_window: where a limit hides no key, too. Whether it does may depend on what else is in the batch.
+    """
     checks.alibi(alibi, problem.batch, problem.heads_q, problem.device)
     checks.sinks(s_aux, problem.heads_q, problem.device)
     compute = torch.float64 if problem.dtype == torch.float64 else torch.float32

@@ -62,7 +62,7 @@ def test_signatures_are_those_of_flash_attn() -> None:
     lengths = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
     assert signature(flash_attn_varlen_func) == (
         f"q, k, v, {lengths}, {OPTIONS.partition(', *')[0]}, "
-        f"block_table=None, *, seqused_k=None, out=None, s_aux=None, {functions}"
+        f"block_table=None, *, seqused_k=None, out=None, s_aux=None, {functions}, num_splits=0"
     )
     assert signature(flash_attn_varlen_qkvpacked_func) == f"qkv, cu_seqlens, max_seqlen, {OPTIONS}"
     assert signature(flash_attn_varlen_kvpacked_func) == f"q, kv, {lengths}, {OPTIONS}"

@@ -560,11 +560,15 @@ def test_a_workspace_is_for_one_thread_and_one_stream(
 
 def test_many_queries_take_the_forward_kernels(pretended_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "forward", lambda problem, path: "forward")
-    monkeypatch.setattr(plans, "decode", lambda problem, row, num_splits: num_splits)
+    monkeypatch.setattr(plans, "decode", lambda problem, row: problem.num_splits)
+
+    def plan(call: Problem, **changes: Any) -> Any:
+        return backend.attention_plan(replace(call, **changes), None)
+
     call = replace(CALL, seqlen_q=4096)
-    assert backend.attention_plan(call, 0, None) == backend.attention_plan(call, 1, None) == "forward"
-    assert backend.attention_plan(call, 2, None) == 2
-    assert backend.attention_plan(CALL, 0, None) == 0
+    assert plan(call) == plan(call, num_splits=1) == "forward"
+    assert plan(call, num_splits=2) == 2
+    assert plan(CALL) == 0
     dropping = replace(CALL, dropout_p=0.1)  # decoding has no dropout
-    assert backend.attention_plan(dropping, 0, None) == "forward"
-    assert backend.attention_plan(replace(CALL, ragged=False), 0, None) == 0  # a dense call decodes as well
+    assert plan(dropping) == "forward"
+    assert plan(CALL, ragged=False) == 0  # a dense call decodes as well

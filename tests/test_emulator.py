@@ -353,13 +353,19 @@ def test_ragged_forward(case: dict, page: int, page_size: int, window: tuple, si
 @pytest.mark.full
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", [SM80 | {"d": 64}, SM90 | {"d": 64}])
-def test_a_sequence_is_as_alone(case: dict) -> None:
-    """Bit for bit, beside others whose scores, in rows of the same warps, grow a hundred times as fast."""
-    lengths_q, lengths_k = (100, 24, 20), (300, 270, 290)
+@pytest.mark.parametrize("window", [CAUSAL, (None, None)])
+def test_a_sequence_is_as_alone(case: dict, window: tuple) -> None:
+    """Bit for bit, beside others whose scores, in rows of the same warps, grow a hundred times as fast.
+
+    Its own grow too, in blocks that need no mask: by more than makes a row renew its offset, and by less than
+    makes a warpgroup compute a block again.
+    """
+    lengths_q, lengths_k = (100, 24, 20), (600, 570, 590)
     cu_q, cu_k = (integers(0, *torch.tensor(x).cumsum(0)) for x in (lengths_q, lengths_k))
     q, k, v = dense(case, sq=int(cu_q[-1]), sk=int(cu_k[-1]))
     q[:, 100:] *= 100
-    options = Options(window=CAUSAL)
+    k[:, :300] *= 4
+    options = Options(window=window)
     row = row_of(config.forward, case, options, ragged=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:

@@ -245,6 +245,7 @@ VARLEN = dict(
     max_seqlen_k=11,
     block_table=None,
     seqused_k=None,
+    num_splits=0,
 )
 USED, TABLE = x(2, dtype=torch.int32), x(2, 5, dtype=torch.int32)
 
@@ -352,6 +353,8 @@ VARLEN_ERRORS = [
     (dict(s_aux=x(6).requires_grad_(), out=torch.empty_like(QP)), ValueError, "but s_aux requires one"),
     (dict(window_size=(0.5, 1)), TypeError, "window_size .* left is 0.5"),
     (dict(causal=2), ValueError, "causal must be a bool"),
+    (dict(num_splits=129), ValueError, "num_splits must be in 0"),
+    (dict(num_splits="1"), TypeError, "num_splits must be an int"),
 ]  # fmt: skip
 
 
@@ -394,7 +397,8 @@ def test_facts_of_a_cache() -> None:
         ragged=True,
         max_seqlen_q=4,
     )
-    assert cache() == cache(**ROTARY) == cache(cache_seqlens=None) == cache(num_splits=128) == plain
+    assert cache() == cache(**ROTARY) == cache(cache_seqlens=None) == plain
+    assert cache(num_splits=128) == replace(plain, num_splits=128)
     paged = replace(plain, seqlen_k=20, page_size=4)
     assert cache(k_cache=PAGES, block_table=TABLE) == paged
     assert cache(k_cache=PAGES, block_table=TABLE[:1], cache_batch_idx=USED) == paged

@@ -6,6 +6,7 @@ decoding pays, which kernel is compiled, over how many splits, in which order of
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -114,8 +115,8 @@ class AppendPlan(NamedTuple):
         return Append(update.k, update.v, k, v, q, q_out, rotary, self.advance, ragged)
 
 
-def attention(problem: Problem, num_splits: int, path: str) -> ForwardPlan | DecodePlan:
-    """Decoding where it pays or splits are asked for, else the forward kernels. num_splits: 0 to choose."""
+def attention(problem: Problem, path: str) -> ForwardPlan | DecodePlan:
+    """Decoding where it pays or splits are asked for, else the forward kernels."""
     if problem.dtype not in (torch.float16, torch.bfloat16):
         raise NotImplementedError(
             f"q: the GPU kernels take float16 and bfloat16, not {problem.dtype}; "
@@ -125,8 +126,8 @@ def attention(problem: Problem, num_splits: int, path: str) -> ForwardPlan | Dec
         return ForwardPlan(None, problem.device.index, results(problem, False), score(problem))
     if not problem.dropout_p and not problem.sparse:
         row = decode_config(problem, arch_of(problem))
-        if num_splits > 1 or decoding_pays(problem, row, path):
-            return decode(problem, row, num_splits)
+        if is_decoded(problem, row, path):
+            return decode(problem, row)
     return forward(problem, path)
 
 
@@ -145,9 +146,9 @@ def forward(problem: Problem, path: str) -> ForwardPlan:
     return ForwardPlan(compile.get(row), device, results(problem), score(problem), window(problem), *schedule)
 
 
-def decode(problem: Problem, row: config.Decode, num_splits: int) -> DecodePlan:
+def decode(problem: Problem, row: config.Decode) -> DecodePlan:
     device = problem.device.index
-    num_splits = num_splits or splits.best_splits(decoding(problem, row), sms(problem))
+    num_splits = problem.num_splits or splits.best_splits(decoding(problem, row), sms(problem))
     of_results = results(problem)
     partial = num_splits * math.prod(of_results.lse[0]) * (of_results.out[0][-1] + 1)
     limits = (
@@ -189,7 +190,10 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
         if path == "sm80":
             page = 1
     features = _features(problem)
-    return config.forward(path, arch, *_facts(problem), **features, page=page, sinks=problem.sinks)
+    row = config.forward(path, arch, *_facts(problem), **features, page=page, sinks=problem.sinks)
+    if problem.num_splits == 1 and problem.packed_q and row.kernel == "forward.sm90":
+        row = replace(row, short=None, short_seqlen=0)  # one shape of tiles, whatever sequence is the longest
+    return row
 
 
 def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:
@@ -327,6 +331,18 @@ def fused_tiles(problem: Problem, row: config.Decode, num_splits: int) -> int:
     rows = min(problem.longest_q * problem.group, row.tile_m)
     tiles = decode_tiles(problem, row.tile_m)
     return tiles if rows <= row.warps * row.merged_rows and tiles <= memory.COUNTERS else 0
+
+
+def is_decoded(problem: Problem, row: config.Decode, path: str) -> bool:
+    """Whether the decode kernels are to run.
+
+    One split is a promise, too: what a sequence becomes does not depend on what else is in the batch. So
+    neither does this; packed, sequences of one query and of thousands may be in one, and only the forward
+    kernels take both.
+    """
+    if problem.num_splits == 1:
+        return not problem.packed_q and problem.longest_q * problem.group <= row.tile_m
+    return problem.num_splits > 1 or decoding_pays(problem, row, path)
 
 
 def decoding_pays(problem: Problem, row: config.Decode, path: str) -> bool:

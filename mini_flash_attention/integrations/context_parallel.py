@@ -255,4 +255,4 @@ def _options(step: Step, q: Tensor, softmax_scale: float | None) -> tuple[Any, .
     """Of the operators."""
     starts = step.queries.cu_seqlens, step.keys.cu_seqlens
     layout = ops.DENSE if starts[0] is None else (*starts, None, None, None)
-    return *layout, None, None, None, 0.0, softmax_scale, step.causal, -1, -1, 0.0, False
+    return *layout, None, None, None, 0.0, softmax_scale, step.causal, -1, -1, 0.0, False, 0

@@ -173,7 +173,7 @@ def _options(
 ) -> tuple[Any, ...]:
     if dropout_p:
         raise NotImplementedError("dropout_p: flash_attn's private functions hand on its own random state")
-    return alibi_slopes, None, None, 0.0, *score, deterministic
+    return alibi_slopes, None, None, 0.0, *score, deterministic, 0
 
 
 def _write(places: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> None:

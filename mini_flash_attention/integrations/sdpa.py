@@ -127,12 +127,10 @@ def forward(
         raise ValueError("alibi_slopes: PyTorch's backward does not get them; call flash_attn_varlen_func")
     if debug_mask:
         raise NotImplementedError("debug_mask: S_dmask is not in the form that PyTorch means")
-    if num_splits:
-        raise NotImplementedError("num_splits: flash_attn_varlen_func chooses them itself")
     seed = ops.draw_seed(q.device) if dropout_p else None
     score = scale, causal, _side(window_size_left), _side(window_size_right), 0.0
     layout = cu_q, cu_k, seqused_k, block_table, None if cu_q is None else max_q
-    options = *layout, alibi_slopes, None, seed, dropout_p, *score, False
+    options = *layout, alibi_slopes, None, seed, dropout_p, *score, False, num_splits or 0
     if out is None:
         out, lse = ops.forward(q, k, v, *options)
     else:
@@ -177,7 +175,7 @@ def backward(
     seed = state.view(torch.int64)[:1] if dropout_p else None
     score = scale, causal, _side(window_size_left), _side(window_size_right), 0.0
     gradients = ops.backward(
-        dout, None, q, k, v, out, lse, *layout, None, None, seed, dropout_p, *score, False
+        dout, None, q, k, v, out, lse, *layout, None, None, seed, dropout_p, *score, False, 0
     )
     return tuple(map(ops.like, (q, k, v), gradients))
 

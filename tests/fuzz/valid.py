@@ -73,6 +73,8 @@ def varlen(draft: Draft) -> None:
         draft.numbers |= {"max_seqlen_q": longest(draft, queries), "max_seqlen_k": longest(draft, room)}
     if with_out:
         draft.floats("out", draft.shape(total), written=True)
+    if form not in ("qkv", "kv") and draft.maybe(0.3):
+        draft.numbers["num_splits"] = str(draft.random.choice((0, 1, 2, 5, 128)))
     draft.options(batch)
     draft.gradient(draft.shape(total), (draft.heads, total), f":{sum(queries)}")
 

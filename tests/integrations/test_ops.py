@@ -36,6 +36,7 @@ PLAIN = (
     -1,
     0.0,
     False,
+    0,
 )  # the options of a causal dense call
 SLOW = pytest.mark.full
 
