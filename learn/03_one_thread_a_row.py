@@ -68,7 +68,7 @@ def attend(q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, O: cute.Tensor, row_m
     sums = cute.make_rmem_tensor(8, Float32)  # 8 chains: an addition need not wait for the one before
     sums.fill(0.0)
     for i in cutlass.range_constexpr(D // 8):
-        q8 = opaque_copy(chunk(q, i))  # else all of Q would be kept as float32 too: 128 registers more
+        q8 = opaque_copy(chunk(q, i))  # else Q would be kept as float32: 128 registers, not 64
         sums.store(sums.load() + q8.load().to(Float32) * chunk(k, i).load().to(Float32))
     s = sums.load().reduce(cute.ReductionOp.ADD, Float32(0.0), 0) * SCALE_LOG2
     new_max = cute.arch.fmax(row_max, s)

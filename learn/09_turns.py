@@ -33,7 +33,7 @@ from helpers import (
 ARCH = "sm_90a"
 WGS = 2  # consumer warpgroups; one more WG holds the producer warp
 THREADS = 128 * (1 + WGS)
-TILE_M = 64 * WGS  # query rows of a thread block: 64 for each consumer WG
+TILE_M = 64 * WGS  # query rows of a thread block: 64 for each WG that computes
 TILE_N = 128  # keys of a block
 TURN = 1  # named barrier TURN + wg: this WG may issue its products
 STAGES = 2  # slots of shared memory for K, and for V

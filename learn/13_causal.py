@@ -44,7 +44,7 @@ from helpers import (
 ARCH = "sm_90a"
 WGS = 2  # consumer warpgroups; one more WG holds the producer warp
 THREADS = 128 * (1 + WGS)
-TILE_M = 64 * WGS  # query rows of a thread block: 64 for each consumer WG
+TILE_M = 64 * WGS  # query rows of a thread block: 64 for each WG that computes
 TILE_N = 128  # keys of a block
 TURN, VOTE = 1, 3  # named barriers of each WG: it may issue its products; its threads agree
 LIMIT = 2.0**60  # sums of P up to this are in range: far below bfloat16's and float32's largest value
