@@ -1,4 +1,4 @@
-"""The site, by Sphinx: the repository's own pages, where they lie, so that their links hold in both places."""
+"""The site, by Sphinx, of the repository's own pages, where they lie: their links hold in both places."""
 
 import contextlib
 import io
@@ -34,7 +34,9 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
 }
+html_sidebars = {page: [] for page in ("docs/api", "docs/speed", "docs/house", "docs/worklog")}
 html_extra_path = ["index.html"]
+html_static_path, html_css_files = ["site.css"], ["site.css"]
 html_copy_source = False
 
 KERNELS = "mini_flash_attention/kernels"
@@ -42,23 +44,25 @@ HELP = re.compile(r"(?m)^<!-- python -m mini_flash_attention (.*) -->$")
 
 
 def contents(name: str) -> list[str]:
-    """What is below a page: the order is that of docs/README.md, and of the steps of learn/."""
+    """What is below a page. The guides' order is that of docs/README.md, the steps' that of their numbers."""
     if name == root_doc:
         sections = "Learn <learn/README>", "Guides <docs/README>", "API <docs/api>", "Speed <docs/speed>"
         return [*sections, "House <docs/house>", f"Kernels <{KERNELS}/README>", "Worklog <docs/worklog>"]
     if name == "docs/README":
         pages = re.findall(r"\]\((\w+)\.md\)", (ROOT / "docs/README.md").read_text(encoding="utf-8"))
         return [page for page in pages if page not in ("api", "speed", "house", "worklog")]
-    pattern = {"learn/README": "*.md", f"{KERNELS}/README": "*/README.md"}.get(name)
-    folder = (ROOT / name).parent
-    found = [str(page.relative_to(folder).with_suffix("")) for page in folder.glob(pattern)] if pattern else []
-    return sorted(page for page in found if page != "README")
+    if name == "learn/README":
+        return sorted(page.stem for page in (ROOT / "learn").glob("*.md") if page.stem != "README")
+    kernels = "forward/README", "decode/README", "backward/README"
+    return [*kernels] if name == f"{KERNELS}/README" else []
 
 
 def on_source(app: Any, name: str, source: list[str]) -> None:
     """What a page has on the site only: its contents, and under a step of learn/ its program."""
     text = HELP.sub(lambda command: f"```\n{help_of(command[1])}```", source[0])
-    text = re.sub(r"\[([^]]+)\]\((\w+\.html)\)", r'<a href="\2">\1</a>', text)  # to open, not to download
+    text = re.sub(
+        r"\[([^]]+)\]\(((?:[\w.]+/)*\w+\.html)\)", r'<a href="\2">\1</a>', text
+    )  # to open, not to download
     below = contents(name)
     if below:
         text += "\n```{toctree}\n:hidden:\n\n" + "\n".join(below) + "\n```\n"
@@ -72,9 +76,12 @@ def help_of(command: str) -> str:
     """What the command line prints with --help."""
     from mini_flash_attention import __main__
 
-    printed, arguments = io.StringIO(), ["mini_flash_attention", *command.split(), "--help"]
-    with mock.patch("sys.argv", arguments), contextlib.redirect_stdout(printed):
-        with mock.patch.dict("os.environ", COLUMNS="100"), contextlib.suppress(SystemExit):
+    printed = io.StringIO()
+    with contextlib.ExitStack() as changed:
+        changed.enter_context(mock.patch("sys.argv", ["mini_flash_attention", *command.split(), "--help"]))
+        changed.enter_context(mock.patch.dict("os.environ", COLUMNS="100"))
+        changed.enter_context(contextlib.redirect_stdout(printed))
+        with contextlib.suppress(SystemExit):
             __main__.main()
     return printed.getvalue()
 

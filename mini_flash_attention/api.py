@@ -96,13 +96,13 @@ def flash_attn_func(
             kernels do not visit what it hides (backward: on Hopper only). FlexAttention's will do, too.
 
     Returns:
-        out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
+        out: (batch, seqlen_q, heads, head_dim), in the dtype of q. A query that sees no key has out 0 and
+            gradient 0.
         softmax_lse: (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs): the natural logarithm of
-            the sum of exp(score) over the keys that the query sees, and over its sink. Differentiable, as
-            out is.
+            the sum of exp(score) over the keys that the query sees, and over its sink; -inf, or its sink, if
+            it sees no key. Differentiable, as out is.
         S_dmask: for tests only; None without dropout, else (batch, heads, seqlen_q, seqlen_k), the
             softmax probabilities, negative where dropped. The sink's are left out.
-        A query that sees no key has out 0 and gradient 0; its softmax_lse is -inf, or its sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed.
@@ -201,10 +201,9 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, heads, head_dim), the queries of all sequences; dtypes, strides, heads and head_dim
             as in `flash_attn_func`.
-        k: one of
-            packed: (total_k, heads_k, head_dim);
-            one row a sequence: (batch, capacity, heads_k, head_dim), with seqused_k and without cu_seqlens_k;
-            paged: (num_blocks, page_size, heads_k, head_dim) with block_table, any page_size.
+        k: packed, (total_k, heads_k, head_dim);
+            or one row a sequence, (batch, capacity, heads_k, head_dim), with seqused_k, without cu_seqlens_k;
+            or paged, (num_blocks, page_size, heads_k, head_dim), with block_table, any page_size.
         v: like k.
         cu_seqlens_q: int32 (batch + 1,) on the device of q: sequence b's queries are rows
             cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Starts at 0 and does not decrease.
@@ -236,13 +235,14 @@ def flash_attn_varlen_func(
         softmax_lse: (heads, total_q), fp32 (fp64 for fp64 inputs).
         S_dmask: for tests only; None without dropout, else (batch, heads, longest seqlen_q,
             longest seqlen_k), 0 beyond a sequence's own lengths.
-        Gradients of q, k and v are 0 where these belong to no sequence, and beyond seqused_k.
+
+    Gradients of q, k and v are 0 where these belong to no sequence, and beyond seqused_k.
 
     Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `flash_attn_func`.
         ValueError: also where a gradient is required with out, or where out shares memory with k, v or
             itself, or is a part of q.
-        NotImplementedError: from the backward pass, with block_table.
-        Else as `flash_attn_func`.
+        NotImplementedError: also from the backward pass, with block_table.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, num_splits)
@@ -378,9 +378,9 @@ def flash_attn_with_kvcache(
     for the device in each call.
 
     Returns:
-        out: (batch, seqlen_q, heads, head_dim), in the dtype of q.
-        softmax_lse: (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs).
-        A query that sees no key has out 0; its softmax_lse is -inf, or its sink.
+        out: (batch, seqlen_q, heads, head_dim), in the dtype of q; 0 for a query that sees no key.
+        softmax_lse: (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs); -inf, or its sink, for a query
+            that sees no key.
 
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed. Also

@@ -257,7 +257,7 @@ class BlockMask:
             ax: matplotlib Axes to draw in; None: new ones.
 
         Returns:
-            The Axes, in tokens.
+            axes: the Axes, in tokens.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -59,7 +59,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         batch, seqlen: of the padded batch.
 
     Returns:
-        (batch, seqlen, ...).
+        padded: (batch, seqlen, ...).
 
     Raises:
         TypeError, ValueError: an argument is wrong: the message names it and says what is allowed. On a

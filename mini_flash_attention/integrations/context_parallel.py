@@ -60,7 +60,8 @@ def ring_attention(
         return_lse: return (out, lse).
 
     Returns:
-        out: like q. lse: (batch, heads, seqlen / world), packed (heads, total / world). It gets no gradient.
+        out: like q.
+        lse: (batch, heads, seqlen / world), packed (heads, total / world). It gets no gradient.
     """
     group = group or dist.group.WORLD
     if q.shape[-3] != k.shape[-3]:

@@ -39,7 +39,7 @@ def activate() -> "Hook":
     where a user asks for it), and `restore` puts back what was there.
 
     Returns:
-        What is active: its `calls` counts the calls that our kernels served, by operator.
+        hook: what is active; its `calls` counts the calls that our kernels served, by operator.
     """
     register()
     from torch.nn.attention import _registry, activate_flash_attention_impl
