@@ -21,6 +21,7 @@ myst_heading_anchors = 3
 
 autodoc_mock_imports = ["vllm"]
 default_role = "any"
+smartquotes = False
 maximum_signature_line_length = 80
 napoleon_custom_sections = [("Returns", "params_style"), ("Raises", "params_style")]
 python_use_unqualified_type_names = True
@@ -34,14 +35,16 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
 }
-html_sidebars = {page: [] for page in ("docs/api", "docs/speed", "docs/house", "docs/worklog")}
+html_sidebars: dict[str, list[str]] = {
+    page: [] for page in ("docs/api", "docs/speed", "docs/house", "docs/worklog")
+}
 html_extra_path = ["index.html"]
 html_static_path, html_css_files = ["site.css"], ["site.css"]
 html_copy_source = False
 
 KERNELS = "mini_flash_attention/kernels"
 HTML = re.compile(r"\[([^]]+)\]\(((?:[\w.]+/)*\w+\.html)\)")
-HELP = re.compile(r"(?m)^<!-- python -m mini_flash_attention (.*) -->$")
+HELP = re.compile(r"(?m)^<!-- help of (\w+) -->$")
 
 
 def contents(name: str) -> list[str]:
@@ -61,9 +64,7 @@ def contents(name: str) -> list[str]:
 def on_source(app: Any, name: str, source: list[str]) -> None:
     """What a page has on the site only: its contents, and under a step of learn/ its program."""
     text = HELP.sub(lambda command: f"```\n{help_of(command[1])}```", source[0])
-    text = re.sub(
-        r"\[([^]]+)\]\(((?:[\w.]+/)*\w+\.html)\)", r'<a href="\2">\1</a>', text
-    )  # to open, not to download
+    text = HTML.sub(r'<a href="\2">\1</a>', text)  # to open, not to download
     below = contents(name)
     if below:
         text += "\n```{toctree}\n:hidden:\n\n" + "\n".join(below) + "\n```\n"
@@ -103,7 +104,7 @@ def on_missing(app: Any, env: Any, node: Any, content: Any) -> Any:
 
 def on_finished(app: Any, exception: Exception | None) -> None:
     """Pages of learn/ that are HTML already. Their links to Markdown lead to what was made of it."""
-    for page in (ROOT / "learn").glob("*.html"):
+    for page in (ROOT / "learn").glob("*.html") if exception is None else ():
         html = re.sub(r'(href="[^":]*)\.md(?=["#])', r"\1.html", page.read_text(encoding="utf-8"))
         (Path(app.outdir) / "learn" / page.name).write_text(html, encoding="utf-8")
 

@@ -72,7 +72,7 @@ def dead_links(site: Path) -> list[str]:
 def fetched(site: Path) -> list[str]:
     """What pages and styles would fetch from another host."""
     found = [one for path in pages_of(site) for one in Page(path).resources]
-    for path in site.rglob("*.css"):
+    for path in [*site.rglob("*.css"), *pages_of(site)]:
         found += re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]+)", path.read_text(encoding="utf-8"))
     return [one for one in found if re.match(r"(\w+:)?//", one)]
 
