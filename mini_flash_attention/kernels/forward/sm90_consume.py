@@ -97,6 +97,10 @@ def first_P(config: cutlass.Constexpr, w: Work, job: Job):
     elif const_expr(config.sparse):
         to_scores(config, w, job.sizes, tile, tile.m_block, n_block, False)
     w.softmax.first(w.acc_S)
+    if const_expr(config.ragged):  # rows beyond the sequence, maybe another's queries: out of its way
+        rows = job.sizes.seqlen_q - tile.m_block * config.tile_m - rows_cols(w.coords)[0, 0][0]
+        for r in cutlass.range_constexpr(2):
+            w.softmax.offset[r] = w.softmax.offset[r] if 8 * r < rows else Float32.inf
     to_operand(config, w, job, n_block)
     w.acc_O.fill(0.0)
 
@@ -149,7 +153,7 @@ def step(config: cutlass.Constexpr, w: Work, job: Job, it: Int32, n_block: Int32
         w.softmax.renew(w.acc_S, w.acc_O, w.sums, True)
     else:
         w.softmax.exponentials(rows_cols(w.acc_S), w.sums, config.score.hides)
-        ok = in_range(config, w, job)
+        ok = in_range(config, w)
         warpgroup.wait_group(0)  # P·V is done: P and acc_O may be written
         if not ok:
             issue_S(config, w, job.t, it + 1)
@@ -237,20 +241,19 @@ def load_Q(config: cutlass.Constexpr, w: Work, t: Int32):
 
 
 @cute.jit
-def in_range(config: cutlass.Constexpr, w: Work, job: Job):
+def in_range(config: cutlass.Constexpr, w: Work):
     """Whether all sums of the WG, so all of its P, are far from overflow in P's dtype; not if one is NaN.
 
     Nor where a row has no offset yet, as a function has hidden all its keys: this block may bring the first.
-    Rows beyond the sequence, maybe another's queries, have no say: its result must not depend on them.
+    Rows beyond the sequence, whose offset is inf, have no say.
     """
     limit = 2.0**60 if const_expr(config.dtype == "bfloat16") else 2.0**15
     if const_expr(config.score.hides):
         for r in cutlass.range_constexpr(2):
             w.sums[r] = Float32.inf if w.softmax.offset[r] == -Float32.inf else w.sums[r]
     if const_expr(config.ragged):
-        rows = job.sizes.seqlen_q - job.tile.m_block * config.tile_m - rows_cols(w.coords)[0, 0][0]
         for r in cutlass.range_constexpr(2):
-            w.sums[r] = w.sums[r] if 8 * r < rows else Float32(0.0)
+            w.sums[r] = Float32(0.0) if w.softmax.offset[r] == Float32.inf else w.sums[r]
     # The barrier: the WG must agree, since it can only compute S again as a whole.
     return all_true(cute.arch.fmax(w.sums[0], w.sums[1], nan=True) < limit, WG + w.wg)
 
