@@ -10,6 +10,21 @@ from mini_flash_attention.block_mask import create_block_mask as create_block_ma
 
 __version__: str
 
+__all__ = [
+    "__version__",
+    "BlockMask",
+    "create_block_mask",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "pad_input",
+    "unpad_input",
+]
+
 @overload
 def flash_attn_func(
     q: Tensor,

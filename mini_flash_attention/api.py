@@ -1,6 +1,6 @@
 """The attention functions, with the signatures and the semantics of flash_attn 2.x, and autograd."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -461,8 +461,10 @@ def _attention_with(
     return_attn_probs: bool,
 ) -> Output:
     """make, arguments: problem.dense or varlen, and what it takes, q, k and v first."""
-    checks.no_functions(fast.is_watched(*arguments[:3], s_aux))
-    problem, x = with_functions(*make(*arguments), *functions)
+    q, k, v, *_ = arguments
+    checks.no_functions(fast.is_watched(q, k, v, s_aux))
+    problem, x = make(*arguments)
+    problem, x = with_functions(problem, x, *functions)
     return _attention(problem, x, out, return_attn_probs)
 
 
@@ -526,7 +528,7 @@ class Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         alibi_slopes: Tensor | None,
-        seed: int | None,
+        seed: int | Tensor | None,
         layout: Layout | None,
         s_aux: Tensor | None,
         captured: tuple[Any, ...],
@@ -562,7 +564,7 @@ class Attention(torch.autograd.Function):
             if fast.is_watched(dout, out, dout if dlse is None else dlse)
             else backend.backward
         )
-        learned = ()
+        learned: Iterable[Tensor] = ()
         if len(ctx.needs_input_grad) > 10:
             found = backend.captured_gradients(ctx.problem, x, out, lse, dout, dlse)
             learned = (gradient for gradient in found if gradient is not None)
@@ -584,4 +586,4 @@ def _draw_seed(device: torch.device) -> int | Tensor:
     a captured graph draws anew in each replay.
     """
     seed = ops.draw_seed(device)
-    return seed if seed.is_cuda else seed.item()
+    return seed if seed.is_cuda else int(seed.item())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mini_flash_attention import captured, cpu, environment, kv_append
 from mini_flash_attention.gpu import config, fast, plans, run
-from mini_flash_attention.problem import CacheUpdate, Inputs, Problem
+from mini_flash_attention.problem import CacheUpdate, Inputs, Maybe, Problem
 
 forced_backend = environment.reader("MINI_FLASH_ATTENTION_BACKEND")
 
@@ -77,7 +77,7 @@ def append_plan(problem: Problem, added: int, rotary: str) -> plans.AppendPlan |
 
 def forward(
     problem: Problem, x: Inputs, out: Tensor | None = None, with_lse: bool = True
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | Maybe]:
     """out, like q, and lse (batch, heads_q, seqlen_q), or (heads_q, total_q) where q is packed.
 
     With `out` given, the result is written there. Without `with_lse` there need be no lse.
@@ -113,7 +113,7 @@ def captured_gradients(
 
 def with_cache(
     problem: Problem, x: Inputs, update: CacheUpdate | None, with_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | Maybe]:
     """Append to the cache in x.k and x.v, then attention to it: out, like q, and lse as in `forward`."""
     plan = attention_plan(problem, forced_backend())
     if plan is None:

@@ -134,7 +134,7 @@ class BlockMask:
             message = f"{name} is {seqlen}, but block_mask has {blocks} blocks of {size}"
             checks.require(math.ceil(seqlen / size) == blocks, message)
 
-        def in_blocks_of_128(counts: Tensor | None, indices: Tensor | None) -> Tensor | None:
+        def in_blocks_of_128(counts: Tensor | None, indices: Tensor | None) -> Any:
             if counts is None or indices is None:
                 return None
             blocks = _bitmap(counts, indices, math.ceil(lengths[1] / sizes[1]))
@@ -147,7 +147,7 @@ class BlockMask:
         full = in_blocks_of_128(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
         mask_mod = block_mask.mask_mod
         mask_mod = None if mask_mod is flex_attention.noop_mask else mask_mod
-        return BlockMask.from_blocks(partial, full, *lengths, mask_mod)
+        return BlockMask.from_blocks(partial, full, lengths[0], lengths[1], mask_mod)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -171,20 +171,24 @@ class BlockMask:
 
     @functools.cached_property
     def _as_mask_mod(self) -> MaskMod:
-        if self.exact:
-            return self.mask_mod
+        mask_mod = self.mask_mod
+        if self.exact and mask_mod is not None:
+            return mask_mod
         some, full = self._bitmaps()
-        partial, mask_mod, block_size = some & ~full, self.mask_mod, self.block_size
+        partial, block_size = some & ~full, self.block_size
         batch_of, head_of = map(index_into, some.shape[:2])
 
-        def listed(batch, head, q_idx, kv_idx):
+        def listed(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Any:
             return some[batch_of(batch), head_of(head), q_idx // block_size, kv_idx // block_size]
 
-        def listed_and_masked(batch, head, q_idx, kv_idx):
+        if mask_mod is None:
+            return listed
+
+        def listed_and_masked(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Any:
             b, h, m, n = batch_of(batch), head_of(head), q_idx // block_size, kv_idx // block_size
             return full[b, h, m, n] | (partial[b, h, m, n] & mask_mod(batch, head, q_idx, kv_idx))
 
-        return listed if mask_mod is None else listed_and_masked
+        return listed_and_masked
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
         """What both show. mask_mods and lists are combined, nothing is evaluated."""
@@ -332,13 +336,13 @@ def create_block_mask(
     if 0 not in blocks:
         # Beyond the ends the last query and the last key are repeated: neither "some" nor "all" changes. So
         # is batch 0 or head 0 where None is given: what mask_mod returns then shows whether it uses them.
-        lengths = batch or 1, heads or 1, seqlen_q, seqlen_k
+        there = batch or 1, heads or 1, seqlen_q, seqlen_k
         padded = batch or 2, heads or 2, blocks[0] * block_size, blocks[1] * block_size
         indices = [
             torch.arange(most, dtype=torch.int32, device=device)
             .clamp_(max=length - 1)
             .view([-1 if i == dim else 1 for i in range(4)])
-            for dim, (most, length) in enumerate(zip(padded, lengths, strict=True))
+            for dim, (most, length) in enumerate(zip(padded, there, strict=True))
         ]
         one_query, one_key = (index.flatten()[:1].view(1, 1, 1, 1) for index in indices[2:])
         used = _evaluate(mask_mod, (*indices[:2], one_query, one_key)).shape[:2]
@@ -360,7 +364,8 @@ def _visible_pairs(mask_mod: MaskMod, indices: list[Tensor], block_size: int) ->
     units = 1, 1, block_size, block_size
     shape = [index.numel() // unit for index, unit in zip(indices, units, strict=True)]
     elements = STRIP_ELEMENTS["cpu" if indices[0].is_cpu else "cuda"]
-    room, steps = elements // block_size**2, []
+    room = elements // block_size**2
+    steps: list[int] = []
     for size in reversed(shape):  # all keys first, then as many queries, heads, batches as there is room for
         steps.insert(0, min(size, max(room, 1)))
         room //= steps[0]
@@ -437,7 +442,9 @@ def _from_bitmaps(
     def lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
         counts = blocks.sum(-1, dtype=torch.int32)
         indices = (~blocks).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
-        return tuple(x.expand(*batch_and_heads, *x.shape[2:]).contiguous() for x in (counts, indices))
+        both = (x.expand(*batch_and_heads, *x.shape[2:]).contiguous() for x in (counts, indices))
+        counts, indices = both
+        return counts, indices
 
     return BlockMask(
         *lists(partial),

@@ -6,6 +6,7 @@ memory, so on a GPU they take several times as long as all kernels together (doc
 """
 
 import math
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,15 +20,14 @@ TILE_ELEMENTS = 2**24  # scores of a tile on a GPU, 64 MB: of a few alive at a t
 
 def gradients(problem: Problem, x: Inputs, rows: Rows) -> list[Tensor | None]:
     """Of each value in x.captured; None where it needs none. rows: as `backend.backward` takes them."""
-    out, lse, dout, dlse = rows
+    (out, lse, dout, dlse), given = rows, x.captured
     dtype = cpu.compute_dtype(problem)
-    learned = [isinstance(value, Tensor) and value.requires_grad for value in x.captured]
     with torch.enable_grad():
         values = [
-            value.detach().to(dtype, copy=True).requires_grad_() if learns else value
-            for value, learns in zip(x.captured, learned, strict=True)
+            value.detach().to(dtype, copy=True).requires_grad_() if learns(value) else value
+            for value in given
         ]
-    leaves = [value for value, learns in zip(values, learned, strict=True) if learns]
+    leaves = [value for value in values if learns(value)]
     sums = [torch.zeros_like(leaf) for leaf in leaves]
     q, k, v = (y.detach() for y in x[:3])
     x = x._replace(q=q, k=k, v=v, captured=tuple(values))
@@ -36,13 +36,15 @@ def gradients(problem: Problem, x: Inputs, rows: Rows) -> list[Tensor | None]:
         add_dense(problem, x, 0, columns, leaves, sums)
     else:
         for sequence in cpu.attending(problem, x.layout):
-            its_rows = [None if y is None else cpu.queries_of(problem, sequence, y) for y in columns]
+            its_rows: Any = (None if y is None else cpu.queries_of(problem, sequence, y) for y in columns)
             add_dense(*cpu.dense_batch(problem, x, sequence), sequence.index, its_rows, leaves, sums)
     found = iter(sums)
-    return [
-        next(found).to(value.dtype) if learns else None
-        for value, learns in zip(x.captured, learned, strict=True)
-    ]
+    return [next(found).to(value.dtype) if learns(value) else None for value in given]
+
+
+def learns(value: float | int | Tensor) -> TypeGuard[Tensor]:
+    """Whether it needs a gradient."""
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def add_dense(

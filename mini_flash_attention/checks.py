@@ -12,7 +12,7 @@ An error names the argument: TypeError or ValueError, before anything runs.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def sizes(name: str, shape: torch.Size, dims: str, sizes: tuple[int | None, ...]
     require(fits, f"{name} must have shape ({dims}) = ({wanted}), not {tuple(shape)}")
 
 
-def heads(q: torch.Size, k: torch.Size, v: torch.Size, names: tuple[str, str, str]) -> None:
+def heads(names: tuple[str, str, str], q: torch.Size, k: torch.Size, v: torch.Size) -> None:
     """The last two dimensions, heads and head_dim, of q, k and v fit each other."""
     name_q, name_k, name_v = names
     all_three = every(names)
@@ -156,7 +156,7 @@ def new_keys(
 ) -> None:
     """What is to be appended to a cache."""
     require((k is None) == (v is None), "k and v must be given together")
-    if k is None:
+    if k is None or v is None:
         return
     for name, x in (("k", k), ("v", v)):
         sizes(name, x[0], "batch, seqlen_new, heads_k, head_dim", wanted)
@@ -175,7 +175,7 @@ def rotary(
 ) -> None:
     tables = "rotary_cos and rotary_sin"
     require((cos is None) == (sin is None), f"{tables} must be given together")
-    if cos is None:
+    if cos is None or sin is None:
         return
     require(k is not None, f"{tables} need k and v: keys are rotated when they are written")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
@@ -269,7 +269,7 @@ def _memory(x: Tensor) -> overlap.Memory:
 # Numbers
 
 
-def pair(window_size: object) -> Sequence[int | None]:
+def pair(window_size: Any) -> Sequence[int | None]:
     """The two numbers of a window_size that is not a tuple of two."""
     if window_size is None:
         return None, None
@@ -298,7 +298,7 @@ def max_seqlen(name: str, value: int | Tensor) -> int | None:
         require(one_int, f"{name} must be an int or an integer tensor of one element", TypeError)
         if value.device.type != "cpu":
             return None
-        value = value.item()
+        value = int(value)
     integer(name, value)
     require(value >= 0, f"{name} must not be negative, but is {value}")
     return int(value)
@@ -326,7 +326,7 @@ def probability(name: str, value: float, compute: torch.dtype) -> float:
     return p
 
 
-def no_functions(watched: bool) -> None:
+def no_functions(watched: object) -> None:
     if watched:
         raise NotImplementedError(
             "score_mod and mask_mod: plain calls only, not torch.func, forward-mode derivatives, "
@@ -467,7 +467,7 @@ def values_of_cache(
     if layout.leftpad_k is not None:
         starts = layout.leftpad_k.tolist()
         _check_range("cache_leftpad", starts, ends)
-    rows = range(batch)
+    rows: Sequence[int] = range(batch)
     if layout.batch_idx is not None:
         rows = layout.batch_idx.tolist()
         last = (shape if layout.block_table is None else layout.block_table.shape)[0] - 1
@@ -504,7 +504,7 @@ def _check_longest(name: str, name_longest: str, lengths: list[int], longest: in
         require(length <= longest, message)
 
 
-def _check_range(name: str, values: list[int], largest: list[int]) -> None:
+def _check_range(name: str, values: Sequence[int], largest: Sequence[int]) -> None:
     for b, (value, limit) in enumerate(zip(values, largest, strict=True)):
         require(0 <= value <= limit, f"{name} of sequence {b} must be in 0 to {limit}, not {value}")
 
@@ -512,7 +512,7 @@ def _check_range(name: str, values: list[int], largest: list[int]) -> None:
 def _check_pages(
     problem: "Problem",
     layout: "Layout",
-    rows: range | list[int],
+    rows: Sequence[int],
     starts: list[int],
     ends: list[int],
     num_pages: int,

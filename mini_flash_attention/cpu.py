@@ -15,7 +15,7 @@ Works on any device and any strides. Computes in float32, for float64 inputs in 
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ def forward(problem: Problem, x: Inputs, out: Tensor | None = None) -> tuple[Ten
     """
     if out is None:
         out = x.q.new_empty(x.q.shape)
-    sizes = (problem.heads_q, problem.seqlen_q)
-    sizes = sizes if problem.packed_q else (problem.batch, *sizes)
+    of_batch = () if problem.packed_q else (problem.batch,)
+    sizes = (*of_batch, problem.heads_q, problem.seqlen_q)
     lse = x.q.new_full(sizes, -INF, dtype=compute_dtype(problem))
     if x.layout is None:
         forward_dense(problem, x, 0, out, as_column(lse))
@@ -122,7 +122,7 @@ def backward(
         return backward_dense(problem, x, 0, *rows)
     dq, dk, dv = (tensor.new_zeros(tensor.shape) for tensor in x[:3])
     for sequence in attending(problem, x.layout):
-        its_rows = (None if row is None else queries_of(problem, sequence, row) for row in rows)
+        its_rows: Any = (None if row is None else queries_of(problem, sequence, row) for row in rows)
         gradients = backward_dense(*dense_batch(problem, x, sequence), sequence.index, *its_rows)
         queries_of(problem, sequence, dq).copy_(gradients[0])
         for of_all, gradient in zip((dk, dv), gradients[1:], strict=True):
@@ -206,7 +206,7 @@ def probabilities_dense(problem: Problem, x: Inputs, first: int, lse: Tensor) ->
 class Sequence(NamedTuple):
     """Where one sequence of a ragged batch lies."""
 
-    index: int  # in the batch
+    index: int  # type: ignore[assignment]  # in the batch; no tuple.index here
     rows: slice  # of packed q; of q[index]
     storage: int  # the row of k and v, or of the block table, that holds its keys; 0 if they are packed
     keys: slice  # tokens of its storage; of packed k
@@ -311,8 +311,9 @@ def scores(
     if problem.scoring:
         S = by_head(problem, acc_S)
         result = transformed(problem, x, S, first, rows, keys)
-        numbers = result.x, None if is_one(result.dx) else 0.0 if result.dx is None else result.dx
-        acc_S, derivative = (x if x is None else whole(x, S).view(acc_S.shape) for x in numbers)
+        acc_S = whole(result.x, S).view(acc_S.shape)
+        if not is_one(result.dx):
+            derivative = whole(0.0 if result.dx is None else result.dx, S).view(acc_S.shape)
     mask(problem, acc_S, rows, keys)
     if derivative is not None:
         derivative = derivative.masked_fill(acc_S == -INF, 0)  # else 0 · NaN, if it is one there
@@ -332,7 +333,7 @@ def transformed(problem: Problem, x: Inputs, S: Tensor, first: int, rows: slice,
     head = torch.arange(problem.heads_q, device=device).view(1, problem.heads_k, 1, problem.group, 1)
     q_idx = torch.arange(rows.start, rows.stop, device=device).view(-1, 1, 1)
     kv_idx = torch.arange(keys.start, keys.stop, device=device)
-    captured = [problem.softcap] if problem.softcap else []
+    captured: list[float | Tensor] = [problem.softcap] if problem.softcap else []
     if x.alibi_slopes is not None:  # of all sequences, as batch counts them
         slopes = x.alibi_slopes
         captured.append(slopes if slopes.ndim == 2 else slopes.expand(max(first + problem.batch, 1), -1))

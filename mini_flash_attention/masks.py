@@ -103,7 +103,9 @@ def documents(*, cu_seqlens: Tensor | Sequence[int] | None = None, ids: Tensor |
         TypeError, ValueError: not exactly one of the two is given, or it is wrong.
     """
     checks.require((cu_seqlens is None) != (ids is None), "documents takes either cu_seqlens or ids")
-    if cu_seqlens is not None:
+    if ids is not None:
+        number = _integers("ids", ids, "seqlen", "batch, seqlen")
+    else:
         starts = _integers("cu_seqlens", torch.as_tensor(cu_seqlens), "documents + 1")
         checks.require(len(starts) > 0, "cu_seqlens must have documents + 1 elements, not 0")
         if checks.of_values(starts):
@@ -111,8 +113,6 @@ def documents(*, cu_seqlens: Tensor | Sequence[int] | None = None, ids: Tensor |
             checks.require(good, f"cu_seqlens must start with 0 and must not decrease: {starts.tolist()}")
         tokens = torch.arange(int(starts[-1]), dtype=torch.int32, device=starts.device)
         number = torch.bucketize(tokens, starts[1:], out_int32=True, right=True)
-    else:
-        number = _integers("ids", ids, "seqlen", "batch, seqlen")
 
     def document_mask(batch, head, q_idx, kv_idx):
         return number[q_idx] == number[kv_idx]

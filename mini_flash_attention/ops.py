@@ -98,9 +98,9 @@ def backward(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *options, deterministic, num_splits = options
+    *others, deterministic, num_splits = options
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    facts, x = call_of(q, k, v, *options, deterministic, num_splits)
+    facts, x = call_of(q, k, v, *others, deterministic, num_splits)
     return tuple(dx.contiguous() for dx in backend.backward(facts, x, out, lse, dout, dlse))
 
 
@@ -181,10 +181,11 @@ def _gradients(
     operator: Callable[..., Any], ctx: Any, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     tensors, options = saved(ctx)
+    out, lse = tensors[3:]
     others: list[Tensor | None] = [None] * len(options)
     if ctx.needs_input_grad[3 + S_AUX]:
-        others[S_AUX] = sinks.gradient(options[S_AUX], *tensors[3:], dout, dlse)
-    dout = torch.zeros_like(tensors[3]) if dout is None else dout
+        others[S_AUX] = sinks.gradient(options[S_AUX], out, lse, dout, dlse)
+    dout = torch.zeros_like(out) if dout is None else dout
     return *operator(dout, dlse, *tensors, *options), *others
 
 
@@ -275,10 +276,10 @@ def cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any) -> tuple[T
 
 
 def cache_append(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    new, (seqlens, length, *places), (slopes, s_aux, *score) = others[:5], others[5:10], others[10:]
+    new, (seqlens, length, *rest), (slopes, s_aux, *score) = others[:5], others[5:10], others[10:]
     scale, causal, left, right, softcap, num_splits = score
     options = 0.0, scale, causal, (left, right), softcap, slopes, False, s_aux
-    places = (length if seqlens is None else seqlens), *places
+    places = (length if seqlens is None else seqlens), *rest
     with torch.no_grad():
         facts, x, update = problem.cache(q, k_cache, v_cache, new, places, options, num_splits)
         out, lse = backend.with_cache(facts, x, update, True)
@@ -360,7 +361,7 @@ def flops_of_cache_append(
     return flops_of_cache(q, k_cache, v_cache, seqlens, length, *options)
 
 
-FLOPS = {
+FLOPS: dict[Any, Callable[..., int]] = {
     OPERATORS.forward: flops_of_forward,
     OPERATORS.forward_into: flops_of_forward_into,
     OPERATORS.backward: flops_of_backward,
@@ -389,7 +390,7 @@ def tell() -> None:
 
 # torch.compile calls it instead of tracing it. torch.compiler.assume_constant_result sets the same, but
 # imports the whole compiler for it.
-tell._dynamo_marked_constant = True
+vars(tell)["_dynamo_marked_constant"] = True
 
 
 def register_flops() -> None:
@@ -416,7 +417,7 @@ def register_sharding() -> None:
     @register(OPERATORS.forward.default)
     def of_forward(q: Any, k: Any, v: Any, *options: Any) -> list[Any]:
         rest, dense = [None] * len(options), options[0] is None
-        ways = [([whole] * 2, [*[whole] * 3, *rest])]
+        ways: list[Any] = [([whole] * 2, [*[whole] * 3, *rest])]
         if dense:
             ways.append(([batch] * 2, [*[batch] * 3, *rest]))
             if divides(q, k):
@@ -505,11 +506,10 @@ def cached(
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn_with_kvcache: out and LSE. new, places, options: problem.New, Places and Options."""
-    *score, slopes, _, s_aux = options[1:]
+    scale, causal, window_size, softcap, slopes, _, s_aux = options[1:]
     _refuse(q=q, k_cache=k_cache, v_cache=v_cache, s_aux=s_aux)
     k, v, cos, sin, interleaved = new
-    seqlens, *places = places
-    scale, causal, window_size, softcap = score
+    seqlens, *rest = places
     if torch.is_grad_enabled():
         given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
         given |= {"rotary_cos": cos, "rotary_sin": sin, "s_aux": s_aux}
@@ -519,10 +519,10 @@ def cached(
     on_device = isinstance(seqlens, Tensor)
     left, right = _window(window_size)
     score = scale, checks.flag("causal", causal), left, right, softcap
-    options = (seqlens, None) if on_device else (None, seqlens)
-    options = *options, *places, slopes, s_aux, *score, num_splits
+    length = (seqlens, None) if on_device else (None, seqlens)
+    options = *length, *rest, slopes, s_aux, *score, num_splits
     if k is None and v is None:
-        checks.rotary(cos, sin, None, None, 0)
+        checks.rotary(cos, sin, None, (q.dtype, q.device), 0)
         return OPERATORS.cache(q, k_cache, v_cache, *options)
     if k is None or v is None:
         raise ValueError("k and v must be given together")

@@ -70,7 +70,7 @@ def keep_mask(seed: int | Tensor, dropout_p: float, batch_heads: Tensor, rows: T
     first = (first[:, None] + torch.arange(0, 8, 2, device=rows.device)).flatten()
     words = philox((rows & ~8, first, batch_heads, torch.zeros_like(first)), key_of(seed))
     lower_rows = (rows & 8) != 0
-    words = [torch.where(lower_rows, words[2 + right], words[right]) for right in (0, 1)]
+    words = tuple(torch.where(lower_rows, words[2 + right], words[right]) for right in (0, 1))
     halves = [word >> shift & 2**RANDOM_BITS - 1 for word in words for shift in (0, 16)]
     keep = torch.stack(halves, dim=-1) < keep_threshold(dropout_p)
     keep = keep.unflatten(-2, (-1, 4)).unflatten(-1, (2, 2))  # (..., 16 keys each, j // 2 % 4, j // 8, j % 2)

@@ -21,6 +21,10 @@ from mini_flash_attention.scores.capture import Function, Scoring, built_in, cap
 
 CACHE_NAMES = OUR_NAMES | {"k": "k_cache", "v": "v_cache"}
 
+# None, where another fact of the call says so, as dropout_p does of the seed. Whoever goes by that fact need
+# not ask for None too, for a type checker's sake, in each call.
+Maybe = Any
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -103,13 +107,13 @@ class Layout(NamedTuple):
     A sequence's storage is its range of packed k and v, or a row of k and v or of the block table.
     """
 
-    cu_seqlens_q: Tensor | None = None  # (batch + 1): sequence b's rows of packed q start and end here
+    cu_seqlens_q: Tensor | Maybe = None  # (batch + 1): sequence b's rows of packed q start and end here
     cu_seqlens_k: Tensor | None = None  # (batch + 1): the same for packed k and v
     seqused_k: Tensor | None = None  # (batch): where its keys end in its storage, those to be appended aside
     leftpad_k: Tensor | None = None  # (batch): where its keys start in its storage
     batch_idx: Tensor | None = None  # (batch): the row that is its storage; row b if not given
-    block_table: Tensor | None = None  # (rows, max_pages): token t is in page t // page_size of the row
-    keys: int | None = None  # what seqused_k says, if it is one number that the host knows
+    block_table: Tensor | Maybe = None  # (rows, max_pages): token t is in page t // page_size of the row
+    keys: int | Maybe = None  # what seqused_k says, if it is one number that the host knows
 
 
 class Inputs(NamedTuple):
@@ -119,11 +123,11 @@ class Inputs(NamedTuple):
     k: Tensor
     v: Tensor
     alibi_slopes: Tensor | None = None
-    seed: int | Tensor | None = None  # of dropout; a tensor (1) int64 on a GPU
-    layout: Layout | None = None
+    seed: Tensor | Maybe = None  # of dropout: (1) int64 on a GPU, else an int
+    layout: Layout | Maybe = None
     s_aux: Tensor | None = None  # (heads_q), of any float dtype
     captured: tuple[float | int | Tensor, ...] = ()  # by score_mod, then by mask_mod
-    block_mask: BlockMask | None = None
+    block_mask: BlockMask | Maybe = None
 
 
 class CacheUpdate(NamedTuple):
@@ -131,8 +135,8 @@ class CacheUpdate(NamedTuple):
 
     k: Tensor  # (batch, seqlen_new, heads_k, head_dim)
     v: Tensor
-    rotary_cos: Tensor | None = None  # (seqlen_ro, rotary_dim / 2), contiguous, in the dtype of q
-    rotary_sin: Tensor | None = None
+    rotary_cos: Tensor | Maybe = None  # (seqlen_ro, rotary_dim / 2), contiguous, in the dtype of q
+    rotary_sin: Tensor | Maybe = None
     interleaved: bool = True  # rotate dims 2i and 2i + 1; else i and i + rotary_dim / 2
 
     @property
@@ -257,7 +261,7 @@ def cache(
     if on_host:
         seqlens = int(seqlens)
         checks.length(problem, seqlens, update)
-    layout = (
+    fields_of_layout = (
         None,
         None,
         seqlens.contiguous() if on_device else None,
@@ -266,7 +270,7 @@ def cache(
         None if block_table is None else block_table.contiguous(),
         seqlens if on_host else None,
     )
-    layout = record(Layout, layout)
+    layout = record(Layout, fields_of_layout)
     if checks.of_values(q):
         checks.values_of_cache(problem, layout, update, k_cache.shape)
     return problem, record(Inputs, (q, k_cache, v_cache, alibi_slopes, None, layout, s_aux, (), None)), update
@@ -280,7 +284,8 @@ def with_functions(
     block_mask: Any = None,
 ) -> tuple[Problem, Inputs]:
     """The same with functions of the scores, which `flash_attn_func` documents."""
-    functions, captured = [], []
+    functions: list[Function | None] = []
+    captured: list[float | int | Tensor] = []
     if block_mask is not None:
         block_mask = checks.block_mask(problem, block_mask, mask_mod)
         mask_mod = block_mask.as_mask_mod()
@@ -305,7 +310,7 @@ def _with_functions(
     return replace(problem, score_mod=score_mod, mask_mod=mask_mod, sparse=sparse)
 
 
-def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -> tuple[tuple, tuple, tuple]:
+def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -> tuple[tuple, ...]:
     """The facts of q, k and v: shapes, dtypes, devices."""
     try:
         if q.layout is k.layout is v.layout is STRIDED:
@@ -316,10 +321,11 @@ def _facts_of_three(q: Tensor, k: Tensor, v: Tensor, names: Names = OUR_NAMES) -
     return tuple(zip(*every, strict=True))
 
 
-def _remembered(
-    make: Callable[..., Problem], tensors: tuple, options: Options, more: tuple, names: Names
-) -> Problem:
-    """make(tensors, *more, *options); tensors: with slopes and sinks. The window becomes two numbers."""
+def _remembered(make: Any, tensors: tuple, options: Options, more: tuple, names: Names) -> Problem:
+    """make(tensors, *more, *options); tensors: with slopes and sinks. The window becomes two numbers.
+
+    make: one of the remembered functions below.
+    """
     dropout_p, softmax_scale, causal, window_size, softcap, _, deterministic, _ = options
     if type(window_size) is not tuple or len(window_size) != 2:
         window_size = checks.pair(window_size)
@@ -340,7 +346,7 @@ def _dense(tensors: tuple, *options: object, names: Names = OUR_NAMES) -> Proble
     three = names["q"], names["k"], names["v"]
     for name, shape in zip(three, shapes, strict=True):
         checks.rank(name, shape, "batch, seqlen, heads, head_dim")
-    checks.heads(*shapes, three)
+    checks.heads(three, *shapes)
     (batch, seqlen_q, heads_q, head_dim), (batch_k, seqlen_k, heads_k, _) = shapes[:2]
     unlike = f"but {three[0]} has {batch} and {three[1]} has {batch_k}"
     require(batch == batch_k, f"{checks.every(three)} must have one batch size, {unlike}")
@@ -366,7 +372,7 @@ def _varlen(
         dims = "num_blocks, page_size, heads_k, head_dim"
     for name, shape in zip(three[1:], shapes[1:], strict=True):
         checks.rank(name, shape, dims)
-    checks.heads(*shapes, three)
+    checks.heads(three, *shapes)
     checks.dtypes_and_devices(dtypes, devices, three)
     whose = three[0], device
     checks.index(names["cu_seqlens_q"], cu_seqlens_q, whose, "batch + 1")
@@ -408,7 +414,7 @@ def _cache(
     dims = "batch_cache, capacity" if block_table is None else "num_blocks, page_size"
     for name, shape, first in zip(three, shapes, ("batch, seqlen_q", dims, dims), strict=True):
         checks.rank(name, shape, f"{first}, heads, head_dim")
-    checks.heads(*shapes, three)
+    checks.heads(three, *shapes)
     checks.dtypes_and_devices(dtypes, devices, three)
     q, k_cache, _ = shapes
     like_q, batch = (dtypes[0], devices[0]), q[0]
@@ -462,6 +468,7 @@ def _with_options(
     window_right: int | None,
     softcap: float,
     deterministic: bool,
+    *,
     keep_window: bool = False,
 ) -> Problem:
     """The problem with the options that all functions share, checked and in their normal form.

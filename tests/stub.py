@@ -36,7 +36,12 @@ RETURNED = {
 def stub() -> str:
     names = [name for name in mini_flash_attention.__all__ if f" as {name}\n" not in HEAD]
     functions = [(name, getattr(mini_flash_attention, name)) for name in names]
-    return HEAD + "".join(text for name, value in functions if callable(value) for text in of(name, value))
+    exported = f"\n__all__ = {mini_flash_attention.__all__}\n"
+    return (
+        HEAD
+        + exported
+        + "".join(text for name, value in functions if callable(value) for text in of(name, value))
+    )
 
 
 def of(name: str, function: Callable[..., Any]) -> Iterator[str]:

@@ -171,7 +171,7 @@ def _compile(config: KernelConfig) -> tuple[str, bytes]:
     call = kernel.fake_call(config)
 
     @cute.jit
-    def launch(config: cutlass.Constexpr, stream, *fields):
+    def launch(config: cutlass.Constexpr, stream, *fields):  # type: ignore[no-untyped-def]  # cute reads annotations
         kernel.launch(type(call)(*fields), config, stream)
 
     options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
@@ -185,7 +185,7 @@ def _compile(config: KernelConfig) -> tuple[str, bytes]:
 
 def _link(path: Path) -> Path:
     for linker in filter(shutil.which, ("ld", "cc")):
-        command = [linker, "-shared", "-o", path.with_suffix(".so"), path]
+        command: list[str | Path] = [linker, "-shared", "-o", path.with_suffix(".so"), path]
         if subprocess.run(command, capture_output=True).returncode == 0:
             return path.with_suffix(".so")
     return path
@@ -219,7 +219,8 @@ def _load_runtime() -> ctypes.CDLL:
 @functools.cache
 def _runtime_library() -> Path:
     """CuTe DSL's, for the CUDA version that `cutlass` takes: the newest that the driver knows."""
-    folders = importlib.util.find_spec("nvidia_cutlass_dsl").submodule_search_locations
+    package = importlib.util.find_spec("nvidia_cutlass_dsl")
+    folders = (package and package.submodule_search_locations) or ()
     files = [file for folder in folders for file in Path(folder).glob(RUNTIME)]
     installed = {int(file.parts[-3].removeprefix("cu")): file for file in files}
     driver = driver_cuda_version()

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 try:  # what code of torch.compile calls: 1.5 µs less than torch.empty_like, for each result
-    from torch._C._dynamo.guards import _empty_strided_cuda as allocate
+    from torch._C._dynamo.guards import _empty_strided_cuda as allocate  # type: ignore[attr-defined]
 except ImportError:
 
     def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -44,7 +44,7 @@ transforms = torch._C._functorch.peek_interpreter_stack  # of torch.func; None: 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def is_watched(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None = None) -> bool:
+def is_watched(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None = None) -> object:
     """Whether a call must be an operator's: it is followed, or its tensors are not what lies in memory."""
     return (
         is_compiling()

@@ -50,7 +50,7 @@ def readable(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
     if not padding and in_place(*tensors):
         return tensors
     if padding:
-        tensors = (torch.nn.functional.pad(x, (0, padding)) for x in tensors)
+        tensors = tuple(torch.nn.functional.pad(x, (0, padding)) for x in tensors)
     return tuple(x if in_place(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
@@ -94,8 +94,8 @@ def score(of_plan: Score, x: Inputs, batch: int) -> Score:
     if slopes is None and not x.captured:
         return of_plan
     # (batch, heads), of stride 0 where the batch shares them
-    slopes = () if slopes is None else (slopes.expand(batch, -1).resolve_neg(),)
-    return Score(of_plan.scale, (*(of_plan.captured or ()), *slopes, *map(_captured, x.captured)))
+    given = () if slopes is None else (slopes.expand(batch, -1).resolve_neg(),)
+    return Score(of_plan.scale, (*(of_plan.captured or ()), *given, *map(_captured, x.captured)))
 
 
 def _captured(x: float | int | Tensor) -> float | int | Tensor:

@@ -15,8 +15,7 @@ from torch import Tensor
 from mini_flash_attention.gpu import compile, config, inputs, memory, splits
 from mini_flash_attention.gpu.fast import Like
 from mini_flash_attention.kernels.calls import Append, Blocks, Decode, Forward, Ragged, Rotary, Score, record
-from mini_flash_attention.problem import CacheUpdate, Problem
-from mini_flash_attention.scores.capture import Scoring
+from mini_flash_attention.problem import CacheUpdate, Maybe, Problem
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Any]  # q, k, v, out, lse
 
@@ -33,7 +32,7 @@ class Results(NamedTuple):
 
 
 class ForwardPlan(NamedTuple):
-    launch: Callable | None  # None: nothing to compute
+    launch: Callable | Maybe  # None: nothing to compute
     device: int
     results: Results
     score: Score  # without what a call captures: slopes, and what functions use
@@ -48,7 +47,7 @@ class ForwardPlan(NamedTuple):
         tensors: Tensors,
         score: Score,
         ragged: Ragged | None,
-        seed: Tensor | None,
+        seed: Tensor | Maybe,
         sinks: Tensor | None,
         blocks: Blocks | None = None,
     ) -> Forward:
@@ -72,7 +71,7 @@ class DecodePlan(NamedTuple):
     unused: tuple[Any, Any]  # what stands for workspace and counters if there is one split
 
     def call(
-        self, tensors: Tensors, score: Score, ragged: Ragged, seed: None, sinks: Tensor | None
+        self, tensors: Tensors, score: Score, ragged: Ragged | None, seed: Tensor | None, sinks: Tensor | None
     ) -> Decode:
         q, k, v, out, lse = tensors
         left, right = self.window
@@ -86,7 +85,7 @@ class DecodePlan(NamedTuple):
 
 
 class BackwardPlan(NamedTuple):
-    launch: Callable | None  # None: all gradients are 0
+    launch: Callable | Maybe  # None: all gradients are 0
     device: int
     sign: int  # of the softmax scale
     score: Score  # as in ForwardPlan
@@ -135,7 +134,7 @@ def forward(problem: Problem, path: str) -> ForwardPlan:
     device, num_sms = problem.device.index, sms(problem)
     row = forward_config(problem, path, arch_of(problem))
     tiles = row.at(problem.longest_q)
-    persistent = ()
+    persistent: tuple[Any, ...] = ()
     if row.kernel == "forward.sm90":
         m_blocks = -(-problem.seqlen_q // tiles.tile_m) * problem.batch
         if problem.packed_q:  # scheduler.num_tiles
@@ -218,7 +217,7 @@ def _facts(problem: Problem) -> tuple[str, int, str]:
     return dtype_name(problem), config.bucket(problem.head_dim), mask
 
 
-def _features(problem: Problem) -> dict[str, Scoring | bool]:
+def _features(problem: Problem) -> dict[str, Any]:
     of_call = {"ragged": problem.ragged, "dropout": problem.dropout_p > 0, "sparse": problem.sparse}
     return {"score": problem.scoring, **of_call}
 

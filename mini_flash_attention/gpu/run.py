@@ -7,7 +7,7 @@ from mini_flash_attention import kv_append
 from mini_flash_attention.gpu import fast, inputs
 from mini_flash_attention.gpu.plans import AppendPlan, BackwardPlan, DecodePlan, ForwardPlan
 from mini_flash_attention.kernels.calls import Backward, Ragged, record
-from mini_flash_attention.problem import CacheUpdate, Inputs, Layout, Problem
+from mini_flash_attention.problem import CacheUpdate, Inputs, Layout, Maybe, Problem
 
 AttentionPlan = ForwardPlan | DecodePlan
 DENSE = Layout()  # every sequence has a row of k, and fills it
@@ -15,7 +15,7 @@ DENSE = Layout()  # every sequence has a row of k, and fills it
 
 def forward(
     plan: AttentionPlan, problem: Problem, x: Inputs, out: Tensor | None, with_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | Maybe]:
     """backend.forward. Rows of q that are in no sequence are 0, their LSE -inf."""
     layout = x.layout
     if layout is None and type(plan) is DecodePlan:
@@ -31,7 +31,7 @@ def with_cache(
     x: Inputs,
     update: CacheUpdate | None,
     with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | Maybe]:
     """backend.with_cache. append_plan: None where the kernel cannot append."""
     ragged = inputs.ragged(problem, x.layout, 0 if update is None else update.added)
     if update is not None:
@@ -46,7 +46,7 @@ def attend(
     ragged: Ragged | None,
     out: Tensor | None,
     with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | Maybe]:
     """Without a copy where the kernel takes what the caller has, else from what it can read."""
     q, k, v = x[:3]
     # A negative bit is in no memory, where kernels look. To ask takes 0.03 µs each.
@@ -97,7 +97,7 @@ def launch(
     ragged: Ragged | None,
     out: Tensor | None,
     with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | Maybe]:
     """The kernel, into `out` if given. ValueError: it cannot read a tensor; it has done nothing then."""
     q, k, v = x[:3]
     results = plan.results
@@ -124,7 +124,7 @@ def nothing(problem: Problem, x: Inputs) -> tuple[Tensor, Tensor]:
     lse = x.q.new_full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float32)
     if x.s_aux is not None:
         sinks = x.s_aux.float().unsqueeze(-1)
-        used = seqlen_q
+        used: int | Tensor = seqlen_q
         if problem.packed_q:
             used = x.layout.cu_seqlens_q[-1]
         rows = torch.arange(seqlen_q, device=lse.device)
@@ -157,15 +157,16 @@ def backward(
         dq = dq.squeeze(0)
     if problem.packed_k:
         dk, dv = dk.squeeze(0), dv.squeeze(0)
-    return tuple(dx[..., : problem.head_dim] for dx in (dq, dk, dv))
+    size = problem.head_dim
+    return dq[..., :size], dk[..., :size], dv[..., :size]
 
 
 def launch_backward(
     plan: BackwardPlan, problem: Problem, x: Inputs, rows: tuple[Tensor, Tensor, Tensor, Tensor | None]
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels, on tensors that they can read. rows: out, lse, dout, dlse."""
     out, lse, dout, dlse = rows
-    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:3]]
+    dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:3])
     space = plan.workspace
     stats, dq_acc, dkv_acc = (lse.new_empty(shape) for shape in (space.stats, space.dq_acc, space.dkv_acc))
     turns, key_turns = (lse.new_empty(shape, dtype=torch.int32) for shape in (space.turns, space.key_turns))
@@ -178,7 +179,9 @@ def launch_backward(
         lse if dlse is None else dlse.resolve_neg().contiguous(),
         stats,
         dq_acc,
-        *gradients,
+        dq,
+        dk,
+        dv,
         inputs.score(plan.score, x, problem.batch),
         int(dlse is not None),
         left,
@@ -193,7 +196,7 @@ def launch_backward(
         plan.num_sms,
     )
     plan.launch(*call)
-    return gradients
+    return dq, dk, dv
 
 
 def append(

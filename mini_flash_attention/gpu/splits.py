@@ -57,7 +57,7 @@ def decode_time(x: Decoding, splits: int, num_sms: int) -> float:
     block_size, flops = 4 * x.tile_n * x.head_dim, 4 * x.rows * x.tile_n * x.head_dim
     alone = math.ceil(per_sm / x.resident) * length * (LATENCY + block_size / BANDWIDTH_ALONE)
     busy = length * flops * max(1 / MMA_ALONE, math.ceil(per_sm) / MMA_OF_SM)
-    together = x.storages * x.blocks * block_size
+    together: float = x.storages * x.blocks * block_size
     if splits > 1:  # writing and reading a row's part of O takes twice as long as reading a key and its value
         together += x.tiles * splits * x.rows * 8 * x.head_dim
     together /= num_sms * BANDWIDTH_OF_SM

@@ -114,7 +114,7 @@ def ulysses(
     return exchange(flash_attn_func(q, k, v, **options), 1, 2, group)
 
 
-def exchange(x: Tensor, scatter: int, gather: int, group: dist.ProcessGroup) -> Tensor:
+def exchange(x: Tensor, scatter: int, gather: int, group: Any) -> Tensor:
     """Divide dimension `scatter` among the ranks, and put dimension `gather` together."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
@@ -209,7 +209,8 @@ class Ring(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
         ctx.steps = steps(q, cu_seqlens, causal, dist.get_rank(group), dist.get_world_size(group))
-        keys, out, lse = [k, v], None, None
+        keys = [k, v]
+        out: Any = None  # to the keys of the steps so far
         for i, step in enumerate(ctx.steps):
             coming = rotate(group, *keys) if i + 1 < len(ctx.steps) else None
             part = ops.forward(

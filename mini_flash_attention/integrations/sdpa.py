@@ -47,7 +47,8 @@ def activate() -> "Hook":
     if torch.cuda.is_available():  # what is missing is missed here, not in the first call
         backend.choose(torch.device("cuda"), backend.forced_backend())
     activate_flash_attention_impl(NAME)
-    return _registry._FLASH_ATTENTION_ACTIVE[1]
+    active: Any = _registry._FLASH_ATTENTION_ACTIVE  # its name, and what register_fn returned
+    return active[1]
 
 
 def restore() -> None:
@@ -195,8 +196,9 @@ def sdpa_forward(
     Its causal is bottom-right, as ours: F.scaled_dot_product_attention, whose own is top-left, asks for it
     only with as many queries as keys.
     """
-    turned, lengths = [x.transpose(1, 2) for x in (q, k, v)], (q.shape[2], k.shape[2])
-    out, lse, *others = forward(*turned, None, None, *lengths, dropout_p, causal, debug_mask, scale=scale)
+    lengths = q.shape[2], k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *others = forward(q, k, v, None, None, *lengths, dropout_p, causal, debug_mask, scale=scale)
     return out.transpose(1, 2), lse, None, None, *lengths, *others
 
 
@@ -211,8 +213,8 @@ def sdpa_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     """_scaled_dot_product_flash_attention_backward."""
-    turned = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-    gradients = backward(*turned, lse, None, None, *others[2:], scale=scale)
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    gradients = backward(dout, q, k, v, out, lse, None, None, *others[2:], scale=scale)
     return tuple(x.transpose(1, 2) for x in gradients)
 
 
@@ -220,7 +222,7 @@ def _side(limit: int | None) -> int:
     return -1 if limit is None else limit
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "_flash_attention_forward": forward,
     "_flash_attention_forward_no_dropout_inplace": forward_into,
     "_flash_attention_backward": backward,

@@ -52,7 +52,7 @@ def register(also: Sequence[str] = ()) -> None:
 def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = getattr(owner, name)
     if not hasattr(original, "of_mini_flash_attention"):
-        wrapped = wraps(original)(around(original))
+        wrapped: Any = wraps(original)(around(original))
         wrapped.of_mini_flash_attention = True
         setattr(owner, name, wrapped)
 
@@ -130,8 +130,8 @@ def flash_attn_varlen_func(
 ) -> Tensor:
     """mini_flash_attention.flash_attn_varlen_func, with the options that Transformers knows."""
     lengths = cu_seqlens_q.int(), cu_seqlens_k.int(), q.shape[0], k.shape[0]
-    options = dropout_p, softmax_scale, causal, window_size, softcap, None, deterministic
-    return mini.flash_attn_varlen_func(q, k, v, *lengths, *options, s_aux=s_aux)
+    options = *lengths, dropout_p, softmax_scale, causal, window_size, softcap, None, deterministic
+    return mini.flash_attn_varlen_func(q, k, v, *options, s_aux=s_aux)
 
 
 def flash_attn_with_kvcache(
@@ -149,6 +149,6 @@ def flash_attn_with_kvcache(
     s_aux: Tensor | None = None,
 ) -> Tensor:
     """mini_flash_attention.flash_attn_with_kvcache, with the options that Transformers knows."""
-    options = dict(softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap)
-    places = dict(cache_seqlens=cache_seqlens, block_table=block_table)
-    return mini.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **places, **options, s_aux=s_aux)
+    options: dict[str, Any] = dict(cache_seqlens=cache_seqlens, block_table=block_table, s_aux=s_aux)
+    options |= dict(softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap)
+    return mini.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **options)

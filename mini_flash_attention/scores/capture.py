@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mini_flash_attention.scores.numbers import CannotTrace, Constant, Kinds, Number, Table, Uniform
+from mini_flash_attention.scores.numbers import CannotTrace, Constant, Kinds, Number, Table, Uniform, where
 from mini_flash_attention.scores.walk import Build, Read, kind_of, walk
 
 
@@ -83,11 +83,11 @@ class Function:
         function = self.build([self._wrapped(ops, *pair) for pair in zip(self.kinds, values, strict=True)])
         if self.role in BUILT_IN:
             return function(score, Place(*(Number(ops, x) for x in place)))
-        where = [Number(ops, x) for x in place[:4]]
+        indices = [Number(ops, x) for x in place[:4]]
         try:
             if self.role == "score_mod":
-                return self._result(ops, function(score, *where))
-            return torch.where(self._result(ops, function(*where)), score, -math.inf)
+                return self._result(ops, function(score, *indices))
+            return where(self._result(ops, function(*indices)), score, -math.inf)
         except Exception as error:
             if not isinstance(ops, Kinds):  # it has passed that test
                 raise
@@ -118,7 +118,7 @@ def _line(error: Exception, function: Callable[..., Any]) -> str:
     """Where in the user's code it happened, or where that starts."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(NOT_THE_USERS):
-            return _shown(frame.filename, frame.lineno)
+            return _shown(frame.filename, frame.lineno or 0)
     return _start(function)
 
 
@@ -135,7 +135,7 @@ def _shown(file: str, number: int) -> str:
 NOT_THE_USERS = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
-class Scoring(tuple):
+class Scoring(tuple[Function, ...]):
     """All that becomes of a score before the softmax: Functions, one after the other."""
 
     def apply(
@@ -188,18 +188,21 @@ PLAIN = Scoring()
 # Our own functions
 
 
-def _softcap(score: Number, place: Place, cap: Number) -> Number:
+def _softcap(score: Any, place: Place, cap: Any) -> Any:
     """cap · tanh(score / cap): Gemma 2, arXiv 2408.00118."""
     return cap * torch.tanh(score * (1.0 / cap))
 
 
-def _alibi(score: Number, place: Place, slopes: Table) -> Number:
+def _alibi(score: Any, place: Place, slopes: Table) -> Any:
     """score - slope · (distance from the diagonal): Press et al. 2022, arXiv 2108.12409."""
     distance = place.q_idx - place.kv_idx + (place.seqlen_k - place.seqlen_q)
     return score - slopes[place.batch, place.head] * abs(distance)
 
 
-BUILT_IN = {"softcap": (_softcap, ("float",)), "alibi": (_alibi, ("float:float32 2",))}
+BUILT_IN: dict[str, tuple[Callable[..., Number], tuple[str, ...]]] = {
+    "softcap": (_softcap, ("float",)),
+    "alibi": (_alibi, ("float:float32 2",)),
+}
 
 
 @functools.cache
@@ -276,7 +279,7 @@ def _function(role: str, key: tuple, kinds: tuple[str, ...], once: _Once) -> Fun
 
 def _module_and_name(function: Callable[..., Any]) -> tuple[str, str] | None:
     """Where another process finds it."""
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
     return (module, name) if getattr(sys.modules.get(module), name, None) is function else None
 
 

@@ -60,7 +60,7 @@ class Number:
     def __setitem__(self, *_: Any) -> None:
         raise CannotTrace("nothing can be assigned to")
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(
@@ -147,7 +147,7 @@ def times(ops: Any, a: Any, b: Any) -> Any:
     return b if is_one(a) else a if is_one(b) else ops.mul(a, b)
 
 
-def is_int32(a: int) -> bool:
+def is_int32(a: float) -> bool:
     return -(2**31) <= a < 2**31
 
 
@@ -351,9 +351,9 @@ def _operators() -> None:
     for name, names in (orders | {"eq": (), "ne": ()}).items():
         condition = _condition(name, *names)
         setattr(Number, f"__{name}__", lambda a, b, f=condition: f(a, b))
-    Number.__neg__, Number.__abs__, Number.__pow__ = lambda a: neg(a), lambda a: absolute(a), power
-    Number.__pos__ = lambda a: a
-    Number.__invert__ = logical_not
+    others = {"neg": neg, "abs": absolute, "pow": power, "pos": lambda a: a, "invert": logical_not}
+    for name, f in others.items():
+        setattr(Number, f"__{name}__", f)
     FUNCTIONS.update({"logical_not": logical_not, "bitwise_not": logical_not})
     FUNCTIONS.update({"square": lambda a: mul(a, a), "pow": power})
 

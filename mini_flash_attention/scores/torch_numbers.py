@@ -21,7 +21,7 @@ class TorchOps:
     def floating(self, a: Any) -> Tensor:
         return torch.as_tensor(a, dtype=self.dtype, device=self.device)
 
-    def pair(self, a: Any, b: Any) -> tuple[Any, Any]:
+    def pair(self, a: Any, b: Any) -> tuple[Any, ...]:
         """Both as floats, if one is a float: PyTorch would take its default dtype for some."""
         if "float" in (self.kind(a), self.kind(b)):
             return tuple(self.floating(x) if isinstance(x, Tensor) else x for x in (a, b))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from mini_flash_attention.gpu.config.common import (
     DTYPES,
@@ -127,7 +127,7 @@ SM90_BACKWARD_TILES = {
 }
 
 # What differs where dS takes another factor than P, whose registers come from smaller tiles or the dQ WG.
-SM90_BACKWARD_FACTORED = {
+SM90_BACKWARD_FACTORED: dict[object, dict[str, Any]] = {
     64: dict(tile_m=64),
     (96, "dropout", "score"): dict(registers=(200, 80, 32)),
     (128, "dropout"): dict(dq_piece=(64, 32), registers=(216, 56, 24)),
@@ -137,7 +137,7 @@ SM90_BACKWARD_FACTORED = {
 
 
 def backward_sm90(
-    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: Scoring | bool
+    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: Any
 ) -> BackwardSm90:
     """The configuration for a head dim of SM90_BACKWARD_TILES."""
     row = BackwardSm90(
@@ -240,7 +240,7 @@ SM80_BACKWARD_TILES = {
 
 
 def backward_sm80(
-    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: Scoring | bool
+    arch: str, dtype: str, head_dim: int, mask: str, deterministic: bool, **features: Any
 ) -> BackwardSm80:
     """The configuration for a head dim of SM80_BACKWARD_TILES."""
     for tiles in of_row(SM80_BACKWARD_TILES, head_dim, mask):
@@ -260,7 +260,7 @@ def backward(
     head_dim: int,
     mask: str,
     deterministic: bool = False,
-    **features: Scoring | bool,
+    **features: Any,
 ) -> BackwardConfig:
     """The configuration of the backward pass for a head dim of HEAD_DIMS on one path.
 

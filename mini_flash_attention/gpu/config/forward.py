@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mini_flash_attention.gpu.config.common import (
     DTYPES,
@@ -125,9 +125,7 @@ class ForwardSm90:
 ForwardConfig = ForwardSm80 | ForwardSm90
 
 
-def forward(
-    path: str, arch: str, dtype: str, head_dim: int, mask: str, **features: Scoring | bool | int
-) -> ForwardConfig:
+def forward(path: str, arch: str, dtype: str, head_dim: int, mask: str, **features: Any) -> ForwardConfig:
     """The configuration for a head dim of HEAD_DIMS on one path ("sm80" or "sm90").
 
     features: score, ragged, page, dropout, sinks and sparse, as in the configs.
@@ -138,9 +136,9 @@ def forward(
         return ForwardSm80(arch, dtype, head_dim, mask, *of_row(table, head_dim, mask), **features)
     score, sparse = features.get("score", PLAIN), features.get("sparse", False)
     if sparse or (score and head_dim in SM90_SCORED):
-        table, heavy = (SM90_SPARSE, SM90_SPARSE_HEAVY) if sparse else (SM90_SCORED, SM90_HEAVY)
+        light, heavy = (SM90_SPARSE, SM90_SPARSE_HEAVY) if sparse else (SM90_SCORED, SM90_HEAVY)
         often = score.without_masks if sparse else score  # what is computed in more than a few blocks
-        tiles = heavy.get(head_dim, table[head_dim]) if often.heavy else table[head_dim]
+        tiles: dict[str, Any] = heavy.get(head_dim, light[head_dim]) if often.heavy else light[head_dim]
         return ForwardSm90(arch, dtype, head_dim, mask, **tiles, **features)
     row = ForwardSm90(arch, dtype, head_dim, mask, **of_row(SM90_TILES, head_dim, mask), **features)
     short, short_seqlen = None, 0
