@@ -442,8 +442,8 @@ def _varlen(
         return _uncompiled(_attention_with)(functions, *call, return_attn_probs)
     if fast.is_watched(q, k, v, options[7]):
         cu_seqlens_q, cu_seqlens_k, longest, _, block_table, seqused_k, num_splits = lengths
-        longest = None if isinstance(longest, Tensor) else longest
-        layout = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, longest)
+        bound = None if isinstance(longest, Tensor) else longest
+        layout = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, bound)
         return ops.attention(q, k, v, layout, options, num_splits, out, return_attn_probs)
     problem, x = varlen(q, k, v, lengths, options, out, names)
     return _attention(problem, x, out, return_attn_probs)

@@ -4,7 +4,7 @@
 and Inputs, the tensors to compute it with. Errors in arguments are raised here, by the rules in checks.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from numbers import Integral
@@ -147,11 +147,15 @@ class CacheUpdate(NamedTuple):
 
 # Arguments of the public functions that travel together, as the caller gave them. Plain tuples: each call
 # makes some, and a NamedTuple takes 0.3 µs more.
-Options = tuple  # dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux
+Window = Sequence[int | None] | Tensor | None
+# dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, s_aux
+Options = tuple[float, float | None, bool, Window, float, Tensor | None, bool, Tensor | None]
 # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, num_splits
-Lengths = tuple
-Places = tuple  # cache_seqlens, cache_batch_idx, cache_leftpad, block_table
-New = tuple  # k, v, rotary_cos, rotary_sin, rotary_interleaved
+Lengths = tuple[Tensor, Tensor | Maybe, int | Tensor, int | Tensor, Tensor | None, Tensor | None, int]
+# cache_seqlens (an int, too), cache_batch_idx, cache_leftpad, block_table
+Places = tuple[Tensor | Maybe, Tensor | None, Tensor | None, Tensor | None]
+# k, v, rotary_cos, rotary_sin, rotary_interleaved
+New = tuple[Tensor | None, Tensor | Maybe, Tensor | None, Tensor | Maybe, bool]
 
 
 def dense(
@@ -254,7 +258,7 @@ def cache(
     problem = _remembered(_cache, tensors, options, (interleaved, num_splits), CACHE_NAMES)
     update = None
     if k is not None:
-        tables = None, None
+        tables: tuple[Tensor | None, Tensor | None] = None, None
         if rotary_cos is not None:
             tables = rotary_cos.resolve_neg().contiguous(), rotary_sin.resolve_neg().contiguous()
         update = record(CacheUpdate, (k, v, *tables, bool(interleaved)))

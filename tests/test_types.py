@@ -1,4 +1,4 @@
-"""Type checkers know what a function returns: a user's script, in their strict modes."""
+"""Type checkers: they know in a user's script what a function returns, and find no error in the host side."""
 
 import ast
 import subprocess
@@ -46,6 +46,12 @@ from mini_flash_attention import flash_attn_func
 def attend(q: Tensor) -> Tensor:
     return flash_attn_func(q, q, q, return_attn_probs=True)
 """
+WRONG_CALL = """
+
+def wrong(x: Tensor) -> Tensor:
+    return gradient(x, x, x, x)
+"""
+ROOT = STUB.parent.parent
 
 
 def test_the_stub_is_that_of_the_functions() -> None:
@@ -64,10 +70,10 @@ def test_a_users_script(checker: str, tmp_path: Path) -> None:
         command += ["--strict", "--follow-imports=silent"]
     else:
         (tmp_path / "pyrightconfig.json").write_text(
-            f'{{"typeCheckingMode": "strict", "extraPaths": ["{STUB.parent.parent}"]}}'
+            f'{{"typeCheckingMode": "strict", "extraPaths": ["{ROOT}"]}}'
         )
         command += ["--project", str(tmp_path), "--pythonpath", sys.executable]
-    environment = {"PATH": "", "HOME": str(tmp_path), "MYPYPATH": str(STUB.parent.parent)}
+    environment = {"PATH": "", "HOME": str(tmp_path), "MYPYPATH": str(ROOT)}
     for text, status in ((SCRIPT, 0), (WRONG, 1)):
         script = tmp_path / "script.py"
         script.write_text(text)
@@ -76,3 +82,19 @@ def test_a_users_script(checker: str, tmp_path: Path) -> None:
             [*command, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert run.returncode == status, run.stdout + run.stderr
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_the_host_side(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """By mypy, as pyproject.toml has it: no error; and one if there is a wrong call."""
+    pytest.importorskip("mypy")
+    known = request.config.cache.mkdir("mypy")  # kept from run to run: 3 seconds, the first takes 15 to 40
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(known)]
+    module = Path("mini_flash_attention", "sinks.py")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text((ROOT / module).read_text() + WRONG_CALL)
+    for shadows, status in (([], 0), (["--shadow-file", str(module), str(wrong)], 1)):
+        run = subprocess.run([*command, *shadows], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == status, run.stdout + run.stderr
+    assert run.stdout.count("error:") == 1 and "sinks.py" in run.stdout, run.stdout
