@@ -633,6 +633,10 @@ def test_what_is_not_installed_is_named(
     monkeypatch.setattr(compile, "driver_cuda_version", lambda: (11, 8))
     with pytest.raises(ImportError, match=r"supports \(11, 8\)"):
         compile._runtime_library.__wrapped__()
+    with monkeypatch.context() as patch:  # its files are gone, which pip does not know
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"for CUDA \[\].*pip install"):
+            compile._runtime_library.__wrapped__()
 
     def version(package: str) -> str:
         raise importlib.metadata.PackageNotFoundError(package)
