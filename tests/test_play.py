@@ -62,10 +62,11 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def functions(browser: Any) -> Iterator[Any]:
+def functions(browser: Any) -> Any:
     """The page, for tests that call its functions and leave it as it is."""
-    with opened(browser) as page:
-        yield page
+    page = browser.new_page()
+    page.goto(PAGE.as_uri())
+    return page
 
 
 def computed(page: Any, body: str, argument: Any = None) -> Any:
@@ -98,6 +99,12 @@ def test_links_to_it_lead_somewhere() -> None:
     }
     assert {name for name, _ in links} >= {"README.md", "02_tiles.md", "08_overlap.md", "13_causal.md"}
     assert {anchor for _, anchor in links if anchor} <= ids
+
+
+def test_it_loads_without_complaint_or_request(browser: Any) -> None:
+    with opened(browser) as page:
+        assert page.title() == "Attention, to play with"
+        assert page.locator("#numbers dd, #sums p, #slots-K li").count() > 10
 
 
 # Blocks
