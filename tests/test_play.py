@@ -90,8 +90,12 @@ def test_the_file_is_small_and_alone() -> None:
     )
 
 
-def test_links_to_it_lead_somewhere() -> None:
-    ids = set(re.findall(r'\bid="([^"]+)"', PAGE.read_text(encoding="utf-8")))
+def test_links_lead_somewhere() -> None:
+    """Its own, and those to it."""
+    page = PAGE.read_text(encoding="utf-8")
+    ids = set(re.findall(r'\bid="([^"]+)"', page))
+    own = set(re.findall(r'<a href="([^"]+)"', page))
+    assert len(own) >= 5 and all(x[1:] in ids if x[0] == "#" else (LEARN / x).exists() for x in own)
     links = {
         (text.name, anchor)
         for text in LEARN.glob("*.md")
