@@ -8,6 +8,7 @@ import heapq
 import itertools
 import json
 import math
+import operator
 import random
 import re
 import shutil
@@ -374,6 +375,9 @@ def test_blocks_by_mouse(page: Any) -> None:
     assert f"SM {sm}, time {start} to {end}" in text
     assert page.locator("#tile").input_value() == "5"
     assert page.locator("#timeline .later").count() == len(tiles) - 6
+    frames = """() => ["#timeline [data-number='5']", "#timeline .chosen"].map((x) =>
+      ["x", "y", "width", "height"].map((name) => $(x).getAttribute(name)))"""
+    assert operator.eq(*computed(page, frames))
     page.locator("#map [data-m='0']").click(position={"x": 3, "y": 3})
     assert page.locator("#tile-text").inner_text().startswith("Queries 0 to 1 ")
 
