@@ -193,6 +193,7 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    num_splits: int = 0,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_func(
@@ -218,6 +219,7 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -243,6 +245,7 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     mask_mod: Callable[[Any, Any, Any, Any], Any] | None = None,
+    num_splits: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mini_flash_attention import backend, flash_attn_varlen_func, flash_attn_with_kvcache
-from mini_flash_attention.gpu import compile, fast
+from mini_flash_attention.gpu import compile, plans
 
 HEADS, DTYPES = ((4, 4), (6, 2), (8, 1)), {"cpu": torch.float32, "cuda": torch.bfloat16}
 
@@ -123,16 +123,16 @@ class Chosen(Exception):
 def chosen(request: pytest.FixtureRequest, pretended_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(backend, "choose", lambda device, forced: request.param)
     monkeypatch.setattr(compile, "get", lambda row: row)
-    monkeypatch.setattr(fast, "current_device", lambda: None)
+    monkeypatch.setattr(plans, "sms", lambda problem: 132)
 
     def kernel(call: Any, *arguments: Any, **options: Any) -> Any:
-        """The kernel with its tiles, the mask, the number of splits."""
+        """The kernel with its tiles and its mask, and the number of splits."""
 
         def stop(plan: Any, *_: Any) -> None:
             tiles = plan.launch
             if tiles.kernel.startswith("forward"):
                 tiles = tiles.at(arguments[0].shape[1] if call is flash_attn_with_kvcache else longest)
-            raise Chosen(tiles, plan.window, getattr(plan, "num_splits", None))
+            raise Chosen(tiles, getattr(plan, "num_splits", None))
 
         longest = arguments[5] if call is flash_attn_varlen_func else 0
         for name in ("forward", "with_cache"):

@@ -190,7 +190,7 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
             page = 1
     features = _features(problem)
     row = config.forward(path, arch, *_facts(problem), **features, page=page, sinks=problem.sinks)
-    if problem.num_splits == 1 and problem.packed_q and row.kernel == "forward.sm90":
+    if problem.num_splits == 1 and problem.packed_q and isinstance(row, config.ForwardSm90):
         row = replace(row, short=None, short_seqlen=0)  # one shape of tiles, whatever sequence is the longest
     return row
 

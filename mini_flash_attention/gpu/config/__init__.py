@@ -31,6 +31,7 @@ from mini_flash_attention.gpu.config.decode import (
 from mini_flash_attention.gpu.config.forward import (
     SM90_PAGES,
     ForwardConfig,
+    ForwardSm90,
     forward,
     forward_configs,
 )
