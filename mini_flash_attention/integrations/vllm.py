@@ -63,7 +63,7 @@ class Backend(FlashAttentionBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        return False
+        return True
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
@@ -133,5 +133,6 @@ class Attention(FlashAttentionImpl):
         out = output[:tokens].view(tokens, self.num_heads, self.head_size)
         lengths = of.query_start_loc, starts_k, of.max_query_len, of.max_seq_len
         options |= dict(window_size=window, out=out, s_aux=self.sinks)
+        options |= dict(num_splits=int(self.batch_invariant_enabled))  # else 0: chosen
         flash_attn_varlen_func(query[:tokens], key, value, *lengths, **options)
         return output

@@ -64,6 +64,26 @@ def test_pages(window, softcap, with_sinks) -> None:
         torch.testing.assert_close(output[start : start + m].view(1, m, HEADS, DIM), wanted)
 
 
+def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence's rows are bit for bit what they are alone, where vLLM asks for that."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    impl = vllm.Attention(HEADS, DIM, 0.3, HEADS_K, None, None, "auto")
+    called = []
+    monkeypatch.setattr(vllm, "flash_attn_varlen_func", lambda *_, **options: called.append(options))
+    metadata = FlashAttentionMetadata(
+        num_actual_tokens=1,
+        max_query_len=1,
+        query_start_loc=starts([1]),
+        max_seq_len=5,
+        seq_lens=torch.tensor([5]).int(),
+        block_table=torch.zeros(1, 1).int(),
+        slot_mapping=None,
+    )
+    cache, output = torch.randn(1, HEADS_K, BLOCK, 2 * DIM), torch.empty(1, HEADS * DIM)
+    impl.forward(None, torch.randn(1, HEADS, DIM), None, None, cache, metadata, output)
+    assert called[0]["num_splits"] == 1 and vllm.Backend.supports_batch_invariance()
+
+
 def test_encoder() -> None:
     impl = vllm.Attention(HEADS, DIM, 0.3, HEADS_K, None, None, "auto", attn_type="encoder_only")
     q, k, v = (torch.randn(12, heads, DIM) for heads in (HEADS, HEADS_K, HEADS_K))
