@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import mini_flash_attention
-from mini_flash_attention.gpu import cache, compile, config
+from mini_flash_attention.gpu import cache, compile, config, wheel
 
 
 def main() -> None:
@@ -33,6 +33,9 @@ def main() -> None:
     command.add_argument("--dtype", nargs="+", choices=config.DTYPES, default=config.DTYPES)
     command.add_argument("--mask", nargs="+", choices=config.MASKS, default=["full", "causal"])
     command.add_argument("--all", action="store_true", help="every kernel, whatever else is given")
+    command.add_argument(
+        "--wheel", type=Path, metavar="DIR", help="make a wheel of them, to install beside the package"
+    )
     command.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
 
     command = commands.add_parser("env", help="print versions, GPUs and the state of the cache")
@@ -54,9 +57,12 @@ def precompile(arguments: argparse.Namespace) -> None:
         if not arguments.all:
             configs = _chosen(configs, arguments)
         compiled = compile.precompile(configs, arguments.jobs)
-    except (ValueError, RuntimeError, ImportError) as error:
+        print(f"{compiled} kernels compiled, {len(configs) - compiled} were in {cache.directory()}")
+        if arguments.wheel:
+            entries = {compile.library(row) for row in configs}
+            print(f"{len(entries)} kernels in {wheel.write(arguments.wheel, entries, compile.made_for())}")
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise SystemExit(str(error)) from error
-    print(f"{compiled} kernels compiled, {len(configs) - compiled} were in {cache.directory()}")
 
 
 def _check_arch(arch: str) -> None:
@@ -100,6 +106,7 @@ def show_environment(_: argparse.Namespace) -> None:
     _show("backend", os.environ.get("MINI_FLASH_ATTENTION_BACKEND", "chosen by the device"))
     _show("linker", shutil.which("ld") or shutil.which("cc") or "none")
     _show("cache", _cache())
+    _show("wheel of kernels", _wheel())
 
 
 def _cache() -> str:
@@ -108,6 +115,14 @@ def _cache() -> str:
         return f"{cache.directory()}: {len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB"
     except OSError as error:
         return f"cannot be used: {error}"
+
+
+def _wheel() -> str:
+    try:
+        folder = wheel.installed(compile.made_for())
+    except ImportError as error:
+        return f"cannot be used: {error}"
+    return "none that fits" if folder is None else f"{folder}: {len(cache.entries(folder))} kernels"
 
 
 def _show(name: str, value: str) -> None:

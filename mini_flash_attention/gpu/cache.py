@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,15 +65,16 @@ def _absolute(path: str) -> Path:
         raise FileNotFoundError(str(error)) from error
 
 
-def entries() -> list[Path]:
-    """Returns the files of all kernels in the cache, also those of other versions.
+def entries(folder: Path | None = None) -> list[Path]:
+    """Returns the files of all kernels in the folder; without one in the cache, also those of other versions.
 
     OSError: there is no such directory for this user, or it cannot be trusted.
     """
-    folder = directory()
-    if not folder.exists():
-        return []
-    _require_trusted_directory(folder)
+    if folder is None:
+        folder = directory()
+        if not folder.exists():
+            return []
+        _require_trusted_directory(folder)
     return [path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}")]
 
 
@@ -82,12 +83,18 @@ def find(name: str) -> Path | None:
     with contextlib.suppress(OSError):
         folder = directory()
         _require_trusted_directory(folder)
-        for suffix in SUFFIXES:
-            path = folder / (name + suffix)
-            with contextlib.suppress(OSError), open(path, "rb", opener=_open_trusted) as file:
-                content = file.read()
-                if content == _with_checksum(name, content[: -hashlib.sha256().digest_size]):
-                    return path
+        return whole_entry(folder, name, _open_trusted)
+    return None
+
+
+def whole_entry(folder: Path, name: str, opener: Callable[[str, int], int] | None = None) -> Path | None:
+    """The entry in this folder, if it is there and whole. opener: as `open` takes it."""
+    for suffix in SUFFIXES:
+        path = folder / (name + suffix)
+        with contextlib.suppress(OSError), open(path, "rb", opener=opener) as file:
+            content = file.read()
+            if content == _with_checksum(name, content[: -hashlib.sha256().digest_size]):
+                return path
     return None
 
 

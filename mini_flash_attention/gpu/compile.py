@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Protocol
 
-from mini_flash_attention.gpu import cache
+from mini_flash_attention.gpu import cache, wheel
 from mini_flash_attention.version import __version__
 
 SYMBOL = "mini_flash_attention"  # the function in every library: each is loaded on its own
@@ -106,19 +106,30 @@ def library(config: KernelConfig) -> Path:
     cache.NotStored: it is compiled, but the cache cannot take it.
     """
     name = _entry_name(config)
-    found = cache.find(name)
+    found = _found(name)
     if found is None:
         with _one_thread, cache.lock(name):
             found = cache.find(name) or cache.store(name, *_compile(config))
     return found
 
 
+def _found(name: str) -> Path | None:
+    """The entry in the cache, or in an installed wheel."""
+    return cache.find(name) or wheel.find(name, made_for())
+
+
 # Naming an entry
 
 
 def _entry_name(config: KernelConfig) -> str:
-    facts = repr((config, _versions(), _sources()))
+    *versions, sources = made_for()
+    facts = repr((config, tuple(versions), sources))
     return f"{config.kernel}-{config.arch}-{hashlib.sha256(facts.encode()).hexdigest()[:32]}"
+
+
+def made_for() -> tuple[str, ...]:
+    """All beside its config that a kernel's code depends on: the versions, and the hash of the sources."""
+    return *_versions(), _sources()
 
 
 @functools.cache
@@ -254,7 +265,7 @@ def precompile(configs: Iterable[KernelConfig], jobs: int | None = None) -> int:
     Returns how many were compiled. RuntimeError lists those that failed, after all others are done.
     Without an NVIDIA driver, the kernels are for drivers of the newest CUDA that is installed.
     """
-    missing = [c for c in dict.fromkeys(configs) if cache.find(_entry_name(c)) is None]
+    missing = [c for c in dict.fromkeys(configs) if _found(_entry_name(c)) is None]
     if not missing:
         return 0
     try:
