@@ -124,7 +124,7 @@ class Backward(NamedTuple):
     window_right: Int32
     ragged: Ragged | None
     dropout: Dropout | None
-    mTurns: Tensor  # (b, h, m_blocks) int32 if deterministic, else (1, 1, 1)
+    mTurns: Tensor  # (b, h, m_blocks) int32 if deterministic, else (1, 1, 1): sm90, persistent: tiles drawn
     heads_per_tile: Int32  # query heads that a thread block walks: all of a group, or some
     mdKVacc: Tensor  # (2, b, hk, n_blocks, tile_n * d) float32: dK, dV; no heads if no tiles share a group
     mKeyTurns: Tensor  # (b, hk, n_blocks) int32 if deterministic, else (1, 1, 1)

@@ -88,6 +88,7 @@ def factor_of_dS(
 ) -> cute.Tensor:
     """What dS takes in the place of P, in 16 bits like P; it and P become negative where dropped.
 
+    So with dropout a derivative below 0 looks dropped, though it is not: finish_dS cannot tell.
     acc_F: see exponentials. keys: of the thread's first row of every 16; query: of its first
     column. The rest as in dropout.mark.
     """

@@ -12,9 +12,9 @@ each with one accumulator:
     side 0    Sᵀ = K·Qᵀ      Pᵀ = exp(scale * Sᵀ - LSE)     dV += Pᵀ·dO
     side 1    dPᵀ = V·dOᵀ    dSᵀ = Pᵀ * (dPᵀ - delta)       dK += dSᵀ·Q
 
-With a softcap or dropout side 0 hands over what dS takes in the place of P. Tiles with keys as rows make Pᵀ
-and dSᵀ the A operands of the next product where they lie, in registers. The sides run the same instructions
-on other operands; then all warps together add dS·K to dq_acc.
+Where dS takes another factor than P, side 0 hands over that (README.md, features). Tiles with keys as rows
+make Pᵀ and dSᵀ the A operands of the next product where they lie, in registers. The sides run the same
+instructions on other operands; then all warps together add dS·K to dq_acc.
 """
 
 import cutlass

@@ -1,4 +1,4 @@
-"""FlashAttention backward for Hopper: a thread block for a block of 128 keys, four warpgroups (WGs).
+"""FlashAttention backward for Hopper: a thread block for 128 keys (wide: 64), four warpgroups (WGs).
 
 q, o, do, dq (B, Sq, Hq, D); k, v, dk, dv (B, Sk, Hkv, D); lse (B, Hq, Sq) float32; float16 or bfloat16, any
 strides with a unit last one. Three kernels: delta prepares the rows' statistics, this one does the work,
@@ -8,8 +8,10 @@ A thread block keeps its keys' dK and dV in registers and walks the query blocks
 heads of the group, or for some: shared_keys.py. Two consumer WGs own 64 keys each: Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ
 are (keys, queries) tiles, so that Pᵀ and dSᵀ are born in registers as the A operands of dV += Pᵀ·dO and
 dK += dSᵀ·Q. dS goes through shared memory to the third WG, which computes dQ = dS·K and adds it to dq_acc in
-global memory. The fourth loads. The consumers never wait for each other: they drift apart until the
-exponentials of one run under the products of the other.
+global memory. The fourth loads. The consumers wait for each other at the end of a tile alone: they drift
+apart until the exponentials of one run under the products of the other. Where registers do not hold dK and
+dV of 64 keys (config.wide), both WGs have the same 64: one S, P and dV, the other dP, dS and dK; it waits
+for each P.
 
 This file launches and hands out the roles: sm90_produce.py; sm90_consume.py or, wide, sm90_consume_wide.py;
 sm90_dq.py. sm90_records.py: what they share; README.md: the picture.

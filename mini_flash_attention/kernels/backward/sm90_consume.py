@@ -1,5 +1,5 @@
-"""The consumers of sm90.py up to head dim 128: a warpgroup (WG) computes dK and dV of 64 keys. And what those
-of sm90_consume_wide.py give away in the same way: dS to the dQ WG, dK and dV to global memory.
+"""The consumers of sm90.py, unless config.wide: a warpgroup (WG) computes dK and dV of 64 keys. And what
+those of sm90_consume_wide.py give away in the same way: dS to the dQ WG, dK and dV to global memory.
 """
 
 from typing import NamedTuple
@@ -266,7 +266,7 @@ class Gradient(NamedTuple):
 
 @cute.jit
 def store(config: cutlass.Constexpr, w, block: Block, gradients: tuple[Gradient, ...], barrier_id: int):
-    """Of the threads that share a barrier: both WGs; config.wide: one."""
+    """dK and dV, or one of them, to global memory. By who shares barrier_id: both WGs; config.wide: one."""
     by_tma = Boolean(not config.persistent)  # persistent: shared memory is the next tile's
     if const_expr(config.ragged):  # or the next sequence's rows follow
         by_tma = (block.n_block + 1) * config.tile_n <= block.sequence.room
@@ -287,7 +287,8 @@ def store_by_tma(
 ):
     batch, start = block.k_rows
     threads = 128 if const_expr(config.wide) else 256
-    cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=256)  # both WGs are done with V and Q
+    # Both WGs are done with V and Q, and with what TMA wrote there. Not persistent: no load comes any more.
+    cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=256)
     for x in gradients:
         X = cute.make_rmem_tensor(x.acc.layout, x.sX.element_type)
         convert(x.acc, X)
@@ -300,5 +301,5 @@ def store_by_tma(
             gX = cute.domain_offset((start, 0), x.tma.tensor[None, None, block.head_kv, batch])  # (sk, D)
             gX = cute.local_tile(gX, (config.tile_n, config.head_dim), (block.n_block, 0))
             block_copy(x.tma.atom, cute.group_modes(x.sX, 0, 2), cute.group_modes(gX, 0, 2))
-        cute.arch.cp_async_bulk_commit_group()  # both stores: the next line waits for them
+        cute.arch.cp_async_bulk_commit_group()  # both stores (wide: this WG's): the next line waits for them
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory must outlive the reads

@@ -1,8 +1,10 @@
-"""The consumers of sm90.py above head dim 128: two warpgroups (WGs) share 64 keys, each has one gradient.
+"""The consumers of sm90.py if config.wide: two warpgroups (WGs) share 64 keys, each has one gradient.
 
-dK and dV of 64 keys take the registers of a WG each. WG 0 computes Sᵀ = K·Qᵀ, P from it, and dV += Pᵀ·dO;
-WG 1 computes dPᵀ = V·dOᵀ, dS from it and from WG 0's P, and dK += dSᵀ·Q. Both hold the same (keys, queries)
-tile in the same registers, so that P goes through shared memory thread by thread.
+Above head dim 128, and at 128 with dropout and a user's function or two of ours: there dK and dV of 64 keys
+take the registers of a WG each. WG 0 computes Sᵀ = K·Qᵀ, P from it, and dV += Pᵀ·dO; WG 1 computes
+dPᵀ = V·dOᵀ, dS from it and from WG 0's P, and dK += dSᵀ·Q. Both hold the same (keys, queries) tile in the
+same registers, so that P, or the factor F that dS takes in its place, goes through shared memory thread by
+thread.
 """
 
 from typing import NamedTuple
@@ -102,7 +104,8 @@ def step_dV(config: cutlass.Constexpr, w: Work, sizes: Sizes, it: Int32, at: sco
     scores.issue(w.setup.sdp, w.acc_S, w.tSrA, tSrB, stat, not config.score)
     warpgroup.wait_group(0)  # S is in acc_S
     acc_F = scores.probabilities(config, sizes, w.score, w.acc_S, stat, at)
-    release(s.q_ring, it, w.lane)  # Q and stats are read; WG 1 needs them for longer
+    # Q is read, and so are the stats: in all lanes once P is committed, for which WG 1's release waits.
+    release(s.q_ring, it, w.lane)
     P, F = scores.factors(config, sizes, w.score, w.acc_S, acc_F, at)
     s.p_ring.wait_empty(it)  # WG 1 has read P of two blocks ago
     sP = s.sP[None, None, w.tidx, s.p_ring.slot(it)]  # (8, tile_m / 16)

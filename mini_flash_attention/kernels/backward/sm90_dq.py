@@ -37,7 +37,7 @@ class Work(NamedTuple):
     setup: Setup
     s: Shared
     tidx: Int32  # in the WG
-    first_warp: Boolean  # it starts the reductions, so that it alone can wait for them
+    first_warp: Boolean  # it starts the reductions, always by the same lane, which alone can wait for them
     acc_dQ: cute.Tensor  # of a piece: ((2, 2, cols / 8), 1, 1); transposed: ((2, 2, rows / 8), 1, 1)
     dS: list[cute.Tensor]  # of each piece: descriptors (MMA, 1, tile_n / 16, 2)
     K: list[cute.Tensor]  # of each piece: descriptors (MMA, 1, tile_n / 16, kv_stages); transposed: registers
@@ -51,7 +51,8 @@ def compute_dq(config: cutlass.Constexpr, call: Backward, setup: Setup, s: Share
     while more:
         it = add_tile(config, w, block, n, it)
         if const_expr(config.persistent):
-            release(s.k_ring, n, cute.arch.lane_idx())  # the last wgmma that reads K has been waited for
+            # K has been read: into registers (dq_transposed), or the last wgmma has been waited for.
+            release(s.k_ring, n, cute.arch.lane_idx())
         block, more = next_tile(config, w, block, n)
         n += 1
     if w.first_warp:
@@ -63,10 +64,11 @@ def add_tile(config: cutlass.Constexpr, w: Work, block: Block, n: Int32, it: Int
     """dQ of all query blocks of the n-th tile. Returns the next tile's `it`."""
     sizes, k_slot = block.sizes(w.setup.sizes), w.s.k_ring.slot(n)
     cute.arch.griddepcontrol_wait()  # delta is done: dq_acc and turns are zero
-    w.s.k_ring.wait_full(n)  # K is there
+    w.s.k_ring.wait_full(n)  # K is there: load_Kt or dQ's products read it
     if const_expr(config.dq_transposed):
         sK = w.s.sK[None, None, k_slot]
         if const_expr(config.ragged):
+            # Here before any dS. Otherwise the consumers' zeros serve: dS[it] is committed behind them.
             clear_beyond(sK, sizes.seqlen_k, block.n_block * config.tile_n, DQ_WG)
         sm90_dq_transposed.load_Kt(w.setup.dq, sK, w.K[0], w.tidx)
     before = w.call.mTurns.iterator  # the turns of the tile of dq_acc that was added to last
@@ -108,7 +110,7 @@ def add_block(
             if const_expr(config.deterministic and p == 0):
                 cute.arch.cp_async_bulk_wait_group(0)  # the tile before has been added
                 if it > 0:
-                    pass_turn(before)
+                    pass_turn(before)  # by the lane that has waited
             else:
                 cute.arch.cp_async_bulk_wait_group(1, read=True)  # the piece before the last was read
         cute.arch.barrier(barrier_id=DQ_WG, number_of_threads=128)  # so its buffer may be overwritten

@@ -20,7 +20,7 @@ CONSUMER_WARPS, READER_WARPS = 8, 12  # readers: consumers and the dQ WG
 # Named barriers. All threads of one go through its uses in the same order, so that they may share it.
 START = 0  # the thread block: the mbarriers are there
 CONSUMERS = 1  # both consumer WGs: V and Q may be overwritten, dV and dK are complete
-DQ_WG = 2  # the dQ WG: a buffer of sdQ may be overwritten, or is complete; zeros in K
+DQ_WG = 2  # the dQ WG: a buffer of sdQ may be overwritten, or is complete; dq_transposed: zeros in K
 WG = 3  # + wg: the 128 threads of a consumer WG: zeros in its tiles; wide: its gradient is complete
 
 
@@ -85,13 +85,13 @@ def make_shared(config, setup: Setup) -> Shared:
 @cute.jit
 def init_mbarriers(config: cutlass.Constexpr, s: Shared):
     """By one thread. Each warp that reads a slot releases it once, each that fills a part commits it once."""
-    init_rings((s.q_ring, s.do_ring, s.v_ring), CONSUMER_WARPS)
-    init_rings((s.k_ring,), READER_WARPS)
+    init_rings((s.q_ring, s.do_ring, s.v_ring), CONSUMER_WARPS)  # filled by TMA
+    init_rings((s.k_ring,), READER_WARPS)  # the dQ WG reads K, too. K and V: released if persistent alone
     if const_expr(config.persistent):
-        init_rings((s.tile_ring,), READER_WARPS)
-    if const_expr(config.wide):  # WG 1 makes dS, from WG 0's P
+        init_rings((s.tile_ring,), READER_WARPS)  # committed by the load warp
+    if const_expr(config.wide):  # WG 1's 4 warps make dS, for the dQ WG's 4, from the P of WG 0's 4
         init_rings((s.ds_ring, s.p_ring), 4, 4)
-    else:
+    else:  # both WGs' warps make dS
         init_rings((s.ds_ring,), 4, CONSUMER_WARPS)
 
 
@@ -105,7 +105,7 @@ def clear_beyond(sX: cute.Tensor, rows: Int32, first: Int32, barrier_id):
     """Zero the rows of a tile (rows, d) that lie beyond the end of the sequence; first: the tile's own first.
 
     They are other sequences' or nobody's, perhaps NaN, and 0 · NaN is NaN. Each WG that reads a tile does
-    this for itself: all write the same zeros.
+    this for itself: all write the same zeros. Not the dQ WG that reads K by wgmma: dS comes behind the zeros.
     """
     left = cutlass.max(rows - first, 0)
     if left < cute.size(sX, mode=[0]):  # zero_rows: its fence and barrier let the WG's wgmma read the zeros

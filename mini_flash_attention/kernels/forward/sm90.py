@@ -74,7 +74,10 @@ def make_setup(config, call: Forward) -> Setup:
 
 @cute.kernel
 def kernel(config: cutlass.Constexpr, call: Forward, setup: Setup):
-    """Warp 0 is the producer; 1 to 3 are there because registers are handed out by WG. The others consume."""
+    """Warp 0 is the producer; 1 to 3 are there because registers are handed out by WG. The others consume.
+
+    In a ragged batch 1 to 3 write the rows behind the last sequence, which no tile has: no wait.
+    """
     warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     s = make_shared(config, call, setup)
     if warp_idx == 0:

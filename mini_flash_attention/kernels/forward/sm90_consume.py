@@ -271,12 +271,12 @@ def wait_for_operands(config: cutlass.Constexpr, w: Work, t: Int32, it: Int32, s
     """The Q of tile t and the K of this WG's first block are there; returns that block's ring use.
 
     it: the ring use of the tile's first block. A slot that is skipped is not released before it was filled:
-    rounds of the ring do not overtake each other.
+    rounds of the ring do not overtake each other. Nor is it read: only TMA's writes are waited for.
     """
     if const_expr(config.staggered):
         for _ in cutlass.range(skipped, unroll=1):
-            w.s.k_ring.wait_full(it)  # K has arrived
-            release(w.s.k_ring, it, w.lane)  # and may be overwritten
+            w.s.k_ring.wait_full(it)  # K has arrived, unread
+            release(w.s.k_ring, it, w.lane)  # it may be overwritten
             it += 1
     w.s.q_ring.wait_full(t)  # Q has arrived: load_Q or S reads it
     w.s.k_ring.wait_full(it)  # K has arrived: S reads it
@@ -303,9 +303,9 @@ def skip_values(config: cutlass.Constexpr, w: Work, it: Int32, skipped: Int32) -
     """
     if const_expr(config.staggered):
         for _ in cutlass.range(skipped, unroll=1):
-            w.s.v_ring.wait_full(it)  # V has arrived
-            release(w.s.v_ring, it, w.lane)  # and may be overwritten
-            my_turn(config, w.wg)
+            w.s.v_ring.wait_full(it)  # V has arrived, unread
+            release(w.s.v_ring, it, w.lane)  # it may be overwritten
+            my_turn(config, w.wg)  # the turn of the P·V that this WG does not compute
             next_turn(config, w.wg)
             it += 1
     return it
@@ -326,6 +326,6 @@ def clear_beyond(config: cutlass.Constexpr, w: Work, job: Job, it: Int32):
 
 @cute.jit
 def wait_for_O(w: Work):
-    """Until the TMA unit has read this warp's rows of the O that was stored last."""
-    if w.lane == 0:  # which has asked for the store
+    """Until the TMA unit has read this warp's rows of the O that was stored last, if that left by TMA."""
+    if w.lane == 0:  # which has asked for the store: the group is its own
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # the rows' shared memory may be overwritten

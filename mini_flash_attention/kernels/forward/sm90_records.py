@@ -41,7 +41,7 @@ class Shared(NamedTuple):
     sQ: cute.Tensor  # (tile_m, d, q_stages), later O
     sK: cute.Tensor  # (tile_n, d, stages)
     sV: cute.Tensor  # (tile_n, d, stages)
-    sTile: cute.Tensor  # (what announce writes, 2)
+    sTile: cute.Tensor  # (what announce writes, 2): 3 numbers, 5 with a block mask, 6 in a ragged batch
     q_ring: Ring
     k_ring: Ring
     v_ring: Ring

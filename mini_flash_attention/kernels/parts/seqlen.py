@@ -23,7 +23,7 @@ class Sizes:
     window_right: Int32
 
     def window(self, mask: str) -> tuple[Int32 | None, Int32 | None]:
-        """(left, right) for blocks.py and mask.py; None where the mask kind has no limit."""
+        """(left, right) for blocks.py and for `mask`; None where the mask kind has no limit."""
         left = self.window_left if mask == "window" else None
         right = self.window_right if mask != "full" else None
         return left, right

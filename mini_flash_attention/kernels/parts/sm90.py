@@ -26,7 +26,7 @@ class Ring(NamedTuple):
     """A ring of slots in shared memory, each with two mbarriers.
 
     The ring's i-th use is slot i % stages in round i // stages. full: what the producer announced has
-    arrived. empty: all consumer warps are done with it.
+    arrived, or all warps that write the slot have committed. empty: all consumer warps are done with it.
     """
 
     full: cute.Pointer
@@ -37,7 +37,7 @@ class Ring(NamedTuple):
         return i % self.stages
 
     def wait_full(self, i: Int32):
-        """What was announced for use i is there, for all to read."""
+        """What was announced or committed for use i is there, for all to read."""
         cute.arch.mbarrier_wait(self.full + self.slot(i), (i // self.stages) & 1)
 
     def wait_empty(self, i: Int32):
@@ -53,7 +53,11 @@ def make_ring(smem: SmemAllocator, stages: int) -> Ring:
 def init_rings(
     rings: tuple[Ring, ...], consumer_warps: cutlass.Constexpr, producer_warps: cutlass.Constexpr = 1
 ):
-    """By one thread, before a barrier of the thread block."""
+    """By one thread, before a barrier of the thread block.
+
+    consumer_warps: each releases a slot once, which makes it empty. producer_warps: so many arrivals make it
+    full, each `commit` being one; where TMA fills it, the one of `expect`, and its bytes.
+    """
     for ring in rings:
         for i in range(ring.stages):
             cute.arch.mbarrier_init(ring.full + i, producer_warps)
@@ -63,7 +67,10 @@ def init_rings(
 
 @cute.jit
 def release(ring: Ring, i: Int32, lane: Int32):
-    """All lanes of this warp are done with the slot of use i: a wgmma's end or a shuffle has shown it."""
+    """All lanes of this warp are done with the slot of use i.
+
+    A wgmma's end, a shuffle or sync_warp has shown it; or no lane reads it, as the warp skips the block.
+    """
     if lane == 0:
         cute.arch.mbarrier_arrive(ring.empty + ring.slot(i))  # after the last warp's, wait_empty returns
 
@@ -115,7 +122,10 @@ def load(
 
 @cute.jit
 def zero_rows(sX: cute.Tensor, first: Int32, thread: Int32, barrier_id):
-    """Zero the rows of a tile (rows, d) from `first` on, for wgmma to read. By a warpgroup."""
+    """Zero the rows of a tile (rows, d) from `first` on, for wgmma to read. By a warpgroup.
+
+    The caller has waited until TMA has filled the tile. The fence also puts the zeros before TMA's next load.
+    """
     chunks = cute.size(sX, mode=[1]) // 8  # of 16 bytes, in a row
     zeros = cute.make_rmem_tensor(8, sX.element_type)
     zeros.fill(0.0)
@@ -149,7 +159,7 @@ def wgmma(
 
 @cute.jit
 def all_true(condition, barrier_id: Int32):
-    """Whether the condition holds in all 128 threads of a warpgroup, all of which must call it."""
+    """Whether the condition holds in all 128 threads of a warpgroup, all of which must call it: a barrier."""
     ok = cute.arch.inline_ptx(
         "{ .reg .pred p, q; setp.ne.s32 p, {$r0}, 0; "
         "barrier.cta.red.and.pred q, {$r1}, 128, p; selp.s32 {$w0}, 1, 0, q; }",
@@ -162,7 +172,7 @@ def all_true(condition, barrier_id: Int32):
 
 @cute.jit
 def reduce_add(sX: cute.Tensor, gX: cute.Tensor):
-    """gX += sX (float32, contiguous), by one thread; part of its next bulk group."""
+    """gX += sX (float32, contiguous), by one thread; part of its next bulk group, for which it waits."""
     cute.arch.inline_ptx(
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
         read_only_args=[gX.iterator, sX.iterator, Int32(4 * cute.size(sX))],
