@@ -419,6 +419,14 @@ BACKWARD = {
     "sm90-functions": (SM90 | {"d": 64}, functions("awkward", 1, 2, 200), {}),
     "sm80-temperature": (SM80 | {"d": 64}, functions("logit_temperature", 1, 2, 200), {}),
     "sm90-temperature": (SM90 | {"d": 128}, functions("logit_temperature", 1, 2, 200), {}),
+    # Derivatives of either sign, with dropout
+    "sm80-functions-dropout": (SM80 | {"d": 64}, {"dropout": DROPOUT} | functions("awkward", 1, 2, 200), {}),
+    "sm90-functions-dropout": (SM90 | {"d": 64}, {"dropout": DROPOUT} | functions("awkward", 1, 2, 200), {}),
+    "sm90-softcap-dropout": (
+        SM90 | {"d": 128, "dtype": torch.float16},
+        {"window": CAUSAL, "dropout": DROPOUT, "softcap": 5.0},
+        {},
+    ),
     "sm90-wide-late": (
         SM90 | {"d": 192},
         functions("late", 1, 2, 200) | functions("relative_bias", 1, 2, 200),

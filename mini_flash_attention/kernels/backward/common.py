@@ -8,7 +8,7 @@ from cutlass import Float32, Int32, const_expr
 
 from mini_flash_attention.kernels.backward.schedule import Block
 from mini_flash_attention.kernels.calls import Dropout
-from mini_flash_attention.kernels.parts.dropout import SIGNS, mark_transposed
+from mini_flash_attention.kernels.parts.dropout import mark_transposed
 from mini_flash_attention.kernels.parts.fragments import convert, rows_cols, store_rows, store_sequence
 from mini_flash_attention.kernels.parts.numbers import LOG2_E
 from mini_flash_attention.kernels.parts.seqlen import Sizes
@@ -86,9 +86,9 @@ def factor_of_dS(
     query: Int32,
     batch_head: Int32 | None,
 ) -> cute.Tensor:
-    """What dS takes in the place of P, in 16 bits like P; it and P become negative where dropped.
+    """What dS takes in the place of P, in 16 bits like P, which becomes negative where dropped.
 
-    So with dropout a derivative below 0 looks dropped, though it is not: finish_dS cannot tell.
+    Other factors may be negative themselves: their last bit says what is dropped.
     acc_F: see exponentials. keys: of the thread's first row of every 16; query: of its first
     column. The rest as in dropout.mark.
     """
@@ -101,27 +101,42 @@ def factor_of_dS(
         if const_expr(config.dropout):
             marked, pairs = cute.recast_tensor(P, Int32), cute.recast_tensor(F, Int32)
             for i in cutlass.range_constexpr(cute.size(pairs)):
-                pairs[i] = pairs[i] | marked[i] & Int32(SIGNS)
+                pairs[i] = with_last_bits(pairs[i], marked[i] >> 15)
     return F
+
+
+@cute.jit
+def with_last_bits(pair: Int32, bits: Int32) -> Int32:
+    """Two 16-bit floats whose last bits are bits 0 and 16 of `bits`; 0 stays 0.
+
+    Where a last bit is another one, the next float takes its place, on the side that the bit before it says:
+    so the mean error is 0, and nothing is carried from one half to the other.
+    """
+    nonzero = (pair & Int32(0x7FFF7FFF)) + Int32(0x7FFF7FFF) >> 15
+    off = (pair ^ bits) & nonzero & Int32(0x00010001)
+    return pair + off - 2 * (off & pair >> 1)
 
 
 @cute.jit
 def finish_dS(
     config: cutlass.Constexpr, dropout: Dropout | None, acc_dP: cute.Tensor, F: cute.Tensor, stat: cute.Tensor
 ):
-    """acc_dP <- dS. F: P or what takes its place, in 16 bits, negative where dropped; stat: -delta.
+    """acc_dP <- dS. F: P or what takes its place, in 16 bits, marked by factor_of_dS; stat: -delta.
 
     Without dropout delta has been subtracted from dP.
     """
     if const_expr(config.dropout):
-        dP, f = rows_cols(acc_dP), rows_cols(F)
+        dP, f, bits = rows_cols(acc_dP), rows_cols(F), rows_cols(cute.recast_tensor(F, cutlass.Int16))
         values = cute.make_rmem_tensor(stat.shape, Float32)
         cute.autovec_copy(stat, values)
         for c in cutlass.range_constexpr(cute.size(dP, mode=[1])):
             for r in cutlass.range_constexpr(cute.size(dP, mode=[0])):
                 factor = f[r, c].to(Float32)
                 kept = dP[r, c] * dropout.rescale + values[c]
-                dP[r, c] = factor * kept if factor >= 0.0 else -factor * values[c]
+                if const_expr(config.score.factored):
+                    dP[r, c] = factor * (kept if bits[r, c] & 1 == 0 else values[c])
+                else:
+                    dP[r, c] = factor * kept if factor >= 0.0 else -factor * values[c]
     else:
         factor = widen(F)
         for i in cutlass.range_constexpr(cute.size(acc_dP)):

@@ -120,7 +120,7 @@ def transformed(
 
 @cute.jit
 def factors(config: cutlass.Constexpr, sizes: Sizes, x: HeadScore, acc_P: cute.Tensor, acc_F, at: Corner):
-    """In 16 bits: P, without what is dropped, and what dS takes in its place, negative where dropped."""
+    """In 16 bits: P, without what is dropped, and what dS takes in its place, marked by factor_of_dS."""
     P = cute.make_rmem_tensor(acc_P.layout, element_type(config))
     convert(acc_P, P)
     batch_head = x.place[0] * sizes.heads + x.place[1]
