@@ -60,6 +60,8 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "argv", ["mini_flash_attention", *shlex.split(command)])
     precompile = "mini_flash_attention.gpu.compile.precompile"
     monkeypatch.setattr(precompile, lambda configs, jobs: asked_for.extend(configs) or 0)
+    monkeypatch.setattr("mini_flash_attention.gpu.compile.library", lambda config: config)
+    monkeypatch.setattr("mini_flash_attention.gpu.wheel.write", lambda folder, entries, made_for: folder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     __main__.main()

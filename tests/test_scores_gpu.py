@@ -61,6 +61,20 @@ def test_with_all_other_changes_of_scores(path: str) -> None:
     check(*qkv(2, 257, 300, 4, 2, 64), given | more | {"s_aux": sinks}, given | more | {"s_aux": sinks})
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+@pytest.mark.parametrize("name", ["awkward", "relative_bias"])
+def test_with_dropout(path: str, name: str, head_dim: int) -> None:
+    """Derivatives of either sign, and none."""
+    given, tensors = functions(name, 2, 4, 300, "cuda"), qkv(2, 257, 300, 4, 2, head_dim)
+    out, lse, S_dmask = flash_attn_func(*tensors, 0.3, return_attn_probs=True, **given)
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, tensors, dout)
+    reference = given | {"dropout_mask": ~torch.signbit(S_dmask), "dropout_p": 0.3}
+    parts = [x.detach() for x in tensors]
+    check_forward(out.detach(), lse.detach(), *parts, **reference)
+    check_gradients(gradients, dout, None, *parts, **reference)
+
+
 def test_packed_sequences(path: str) -> None:
     """Indices count in each sequence, batch is its number."""
     lengths_q, lengths_k = (200, 0, 33, 1), (180, 50, 300, 7)
