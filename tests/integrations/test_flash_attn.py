@@ -1,4 +1,4 @@
-"""Programs that import flash_attn run unmodified: ring-flash-attn 0.1.8, Transformers under the old name."""
+"""Programs that import flash_attn run unmodified: ring-flash-attn, yunchang, Transformers by its old name."""
 
 import importlib.util
 import sys
@@ -117,6 +117,37 @@ def check_ring_flash_attn(rank: int, world: int) -> None:
 @pytest.mark.timeout(300)
 def test_ring_flash_attn_runs_on_us() -> None:
     spawn(2, check_ring_flash_attn)
+
+
+def check_yunchang(rank: int, world: int) -> None:
+    """Its zigzag ring, built on the private functions, and its Ulysses, on flash_attn_func."""
+    install_as_flash_attn()
+    import yunchang
+    from yunchang.kernels import AttnType
+
+    yunchang.set_seq_parallel_pg(1, world, rank, world)
+    ring = yunchang.LongContextAttention(ring_impl_type="zigzag", attn_type=AttnType.FA)
+    ulysses = yunchang.UlyssesAttention(torch.distributed.group.WORLD, attn_type=AttnType.FA)
+    whole = [torch.randn(2, 48, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    dout = torch.randn(2, 48, 4, 16).bfloat16()
+    out = mini.flash_attn_func(*whole, causal=True)
+    wanted = out, *torch.autograd.grad(out, whole, dout)
+    for attend, split in (
+        (ring, lambda x: shard(x, rank, world)),
+        (ulysses, lambda x: x.chunk(world, 1)[rank]),
+    ):
+        mine = [split(x).detach().requires_grad_() for x in whole]
+        out = attend(*mine, causal=True)
+        for x, y in zip((out, *torch.autograd.grad(out, mine, split(dout))), wanted, strict=True):
+            torch.testing.assert_close(x, split(y), rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("yunchang") is None, reason="pip install --no-deps yunchang==0.6.4"
+)
+@pytest.mark.timeout(300)
+def test_yunchang_runs_on_us() -> None:
+    spawn(2, check_yunchang)
 
 
 def test_transformers_under_the_old_name() -> None:
