@@ -55,13 +55,15 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[TinyConfig]:
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this process and those that it starts make their temporary files."""
-    path = tmp_path / "temporary"
-    path.mkdir()
-    monkeypatch.setenv("TMPDIR", str(path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    return path
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where this process and those that it starts make their temporary files.
+
+    Not in tmp_path: a forkserver's socket lies there, whose name may have 107 characters.
+    """
+    with tempfile.TemporaryDirectory() as path:
+        monkeypatch.setenv("TMPDIR", path)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield Path(path)
 
 
 def left_in(temporary: Path) -> list[Path]:
