@@ -44,6 +44,7 @@ def ring_attention(
     cu_seqlens: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     return_lse: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention to the tokens of all ranks.
 
@@ -52,12 +53,15 @@ def ring_attention(
             head_dim), each sequence sharded.
         k: (batch, seqlen / world, heads_k, head_dim), or packed like q.
         v: like k.
-        causal: a query sees no key behind it. Without, any division of the tokens will do.
+        causal: a query sees no key behind it. Without, and without a window, any division of the tokens will
+            do.
         softmax_scale: None is 1 / sqrt(head_dim).
         cu_seqlens: int32 (batch + 1,) of packed tokens: where the sequences start in what this rank holds,
             and the number of its tokens. With causal each has an even number of tokens on a rank.
         group: the processes of the ring; None: all.
         return_lse: return (out, lse).
+        window_size: (left, right), as in `flash_attn_func`; not of packed tokens. What nobody sees is not
+            computed, but keys and values travel to all ranks.
 
     Returns:
         out: like q.
@@ -70,11 +74,16 @@ def ring_attention(
         )
     if (q.ndim == 3) != (cu_seqlens is not None):
         raise ValueError("cu_seqlens must be given with packed q, k and v, and with these only")
-    if causal and q.shape[-3] % 2:
+    left, right = (checks.limit(*side) for side in zip(("left", "right"), window_size, strict=True))
+    window = left, 0 if causal else right
+    if window != (None, None) and q.shape[-3] % 2:
         raise ValueError(
-            f"causal: a rank must hold as many tokens of the start as of the end, not {q.shape[-3]} in all"
+            "causal and window_size: a rank must hold as many tokens of the start as of the end, not "
+            f"{q.shape[-3]} in all"
         )
-    out, lse = Ring.apply(*(x.contiguous() for x in (q, k, v)), cu_seqlens, causal, softmax_scale, group)
+    if cu_seqlens is not None and (left, right) != (None, None):
+        raise NotImplementedError("window_size: not of packed tokens in a ring; ulysses has windows")
+    out, lse = Ring.apply(*(x.contiguous() for x in (q, k, v)), cu_seqlens, window, softmax_scale, group)
     return (out, lse) if return_lse else out
 
 
@@ -148,22 +157,32 @@ class Part(NamedTuple):
         return x[..., self.rows, :, :]
 
 
-class Step(NamedTuple):
+Limit = int | None  # keys that a query sees on one side of the diagonal; None: all
+
+
+class Call(NamedTuple):
+    """One of attention: these queries, these keys, and the window around the diagonal of both."""
+
     queries: Part
     keys: Part
-    causal: bool
+    left: Limit = None
+    right: Limit = None
 
 
-def steps(q: Tensor, cu_seqlens: Tensor | None, causal: bool, rank: int, world: int) -> list[Step]:
+def steps(
+    q: Tensor, cu_seqlens: Tensor | None, window: tuple[Limit, Limit], rank: int, world: int
+) -> list[list[Call]]:
     """Which queries of `rank` see which of the keys that are there in each step.
 
-    Step i has the keys of rank - i. Of a rank before: all queries see its first half, and none its second.
-    Of a rank behind: the second half of the queries sees all its keys, and the first none.
+    Step i has the keys of rank - i. Causal, of a rank before: all queries see its first half, and none its
+    second. Of a rank behind: the second half of the queries sees all its keys, and the first none.
     """
     every = Part(slice(None), cu_seqlens)
-    if not causal:
-        return [Step(every, every, False)] * world
+    if window == (None, None):
+        return [[Call(every, every)]] * world
     half = q.shape[-3] // 2
+    if window != (None, 0):
+        return [windowed(half, window, rank, (rank - i) % world, world) for i in range(world)]
     if cu_seqlens is None:
         first, second = Part(slice(half), None), Part(slice(half, None), None)
     else:
@@ -173,8 +192,31 @@ def steps(q: Tensor, cu_seqlens: Tensor | None, causal: bool, rank: int, world: 
         # The size is said, so that nothing waits for the device.
         rows = (torch.nonzero_static(x, size=half).flatten() for x in (early, ~early))
         first, second = (Part(x, cu_seqlens // 2) for x in rows)
-    others = [Step(every, first, False) if i <= rank else Step(second, every, False) for i in range(1, world)]
-    return [Step(every, every, True), *others]
+    others = [Call(every, first) if i <= rank else Call(second, every) for i in range(1, world)]
+    return [[call] for call in (Call(every, every, right=0), *others)]
+
+
+def windowed(half: int, window: tuple[Limit, Limit], rank: int, other: int, world: int) -> list[Call]:
+    """The queries of `rank` and the keys of `other` that see each other, chunk by chunk.
+
+    Between two chunks the diagonal is as far off as the chunks are apart. Where it is so far off that a limit
+    would be below 0, it is moved: the last keys, or queries, are left out, which nobody sees.
+    """
+    calls = []
+    for i, query_chunk in enumerate((rank, 2 * world - 1 - rank)):
+        for j, key_chunk in enumerate((other, 2 * world - 1 - other)):
+            apart = (query_chunk - key_chunk) * half
+            left = None if window[0] is None else window[0] - apart
+            right = None if window[1] is None else window[1] + apart
+            fewer_queries, fewer_keys = max(0, -(left or 0)), max(0, -(right or 0))
+            if max(fewer_queries, fewer_keys) >= half:
+                continue
+            queries = Part(slice(i * half, (i + 1) * half - fewer_queries), None)
+            keys = Part(slice(j * half, (j + 1) * half - fewer_keys), None)
+            moved = fewer_queries - fewer_keys
+            left, right = (None if x is None else x + by for x, by in ((left, moved), (right, -moved)))
+            calls.append(Call(queries, keys, left, right))
+    return calls
 
 
 def rotate(group: dist.ProcessGroup, *tensors: Tensor) -> Callable[[], list[Tensor]]:
@@ -204,22 +246,26 @@ class Ring(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         cu_seqlens: Tensor | None,
-        causal: bool,
+        window: tuple[Limit, Limit],
         softmax_scale: float | None,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        ctx.steps = steps(q, cu_seqlens, causal, dist.get_rank(group), dist.get_world_size(group))
+        ctx.steps = steps(q, cu_seqlens, window, dist.get_rank(group), dist.get_world_size(group))
         keys = [k, v]
         out: Any = None  # to the keys of the steps so far
-        for i, step in enumerate(ctx.steps):
+        for i, calls in enumerate(ctx.steps):
             coming = rotate(group, *keys) if i + 1 < len(ctx.steps) else None
-            part = ops.forward(
-                step.queries.of(q), *map(step.keys.of, keys), *_options(step, q, softmax_scale)
-            )
-            if out is None:
-                out, lse = part[0].to(part[1].dtype), part[1]
-            else:
-                merge(out, lse, *part, step.queries.rows)
+            for call in calls:
+                part = ops.forward(
+                    call.queries.of(q), *map(call.keys.of, keys), *_options(call, softmax_scale)
+                )
+                if out is None and part[0].shape == q.shape:
+                    out, lse = part[0].to(part[1].dtype), part[1]
+                    continue
+                if out is None:
+                    out = torch.zeros_like(q, dtype=part[1].dtype)
+                    lse = part[1].new_full((*part[1].shape[:-1], q.shape[-3]), -torch.inf)
+                merge(out, lse, *part, call.queries.rows)
             keys = coming() if coming else keys
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -236,16 +282,19 @@ class Ring(torch.autograd.Function):
         dq = torch.zeros_like(q, dtype=lse.dtype)
         totals = [torch.zeros_like(x, dtype=lse.dtype) for x in keys]
         arriving = lambda: totals  # noqa: E731  of dk and dv, which travel with their keys and end at home
-        for i, step in enumerate(ctx.steps):
+        for i, calls in enumerate(ctx.steps):
             coming = rotate(ctx.group, *keys) if i + 1 < len(ctx.steps) else None
-            rows = [step.queries.of(x) for x in (dout, q, out)]
-            some_lse = lse[..., step.queries.rows].contiguous()
-            options = _options(step, q, ctx.softmax_scale)
-            part = ops.backward(rows[0], None, rows[1], *map(step.keys.of, keys), rows[2], some_lse, *options)
+            parts = []
+            for call in calls:
+                rows = [call.queries.of(x) for x in (dout, q, out)]
+                some_lse = lse[..., call.queries.rows].contiguous()
+                its_keys, options = map(call.keys.of, keys), _options(call, ctx.softmax_scale)
+                parts.append(ops.backward(rows[0], None, rows[1], *its_keys, rows[2], some_lse, *options))
             totals = arriving()
-            dq[..., step.queries.rows, :, :] += part[0]
-            for total, dx in zip(totals, part[1:], strict=True):
-                total[..., step.keys.rows, :, :] += dx
+            for call, part in zip(calls, parts, strict=True):
+                dq[..., call.queries.rows, :, :] += part[0]
+                for total, dx in zip(totals, part[1:], strict=True):
+                    total[..., call.keys.rows, :, :] += dx
             if len(ctx.steps) > 1:
                 arriving = rotate(ctx.group, *totals)
             keys = coming() if coming else keys
@@ -253,8 +302,9 @@ class Ring(torch.autograd.Function):
         return dq.to(q.dtype), dk, dv, None, None, None, None
 
 
-def _options(step: Step, q: Tensor, softmax_scale: float | None) -> tuple[Any, ...]:
+def _options(call: Call, softmax_scale: float | None) -> tuple[Any, ...]:
     """Of the operators."""
-    starts = step.queries.cu_seqlens, step.keys.cu_seqlens
+    starts = call.queries.cu_seqlens, call.keys.cu_seqlens
     layout = ops.DENSE if starts[0] is None else (*starts, None, None, None)
-    return *layout, None, None, None, 0.0, softmax_scale, step.causal, -1, -1, 0.0, False, 0
+    left, right = (-1 if limit is None else limit for limit in (call.left, call.right))
+    return *layout, None, None, None, 0.0, softmax_scale, False, left, right, 0.0, False, 0

@@ -1,5 +1,6 @@
 """Ring attention and Ulysses on 2 and 4 processes (gloo), against one process that has all tokens."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -31,7 +32,14 @@ def make(*lead: int, heads_k: int = 2) -> list[Tensor]:
 
 
 def check_ring(rank: int, world: int) -> None:
-    for options in (dict(causal=True), dict(causal=False), dict(causal=True, softmax_scale=0.4)):
+    windows = (7, 0), (30, 0), (3, 5), (-1, 9), (0, 0), (17, -1)
+    for options in (
+        dict(causal=True),
+        dict(causal=False),
+        dict(causal=True, softmax_scale=0.4),
+        dict(causal=True, window_size=(20, 3)),
+        *(dict(window_size=window) for window in windows),
+    ):
         compare(
             lambda *t, o=options: ring_attention(*t, **o),
             lambda *t, o=options: mini.flash_attn_func(*t, **o),
@@ -80,6 +88,10 @@ def check_ulysses(rank: int, world: int) -> None:
         ulysses(*make(2, 48), dropout_p=0.1)
     with pytest.raises(ValueError, match="causal"):
         ring_attention(*make(2, 7), causal=True)
+    with pytest.raises(ValueError, match="window_size"):
+        ring_attention(*make(2, 7), window_size=(3, 0))
+    with pytest.raises(NotImplementedError, match="window_size"):
+        ring_attention(*make(8), cu_seqlens=torch.tensor([0, 8]).int(), window_size=(3, 0))
     with pytest.raises(RuntimeError, match="second derivative"):
         tensors = make(2, 8)
         torch.autograd.grad(ring_attention(*tensors).sum(), tensors, create_graph=True)
@@ -148,14 +160,48 @@ def test_every_pair_is_met_once(world: int, packed: bool) -> None:
     met, work = torch.zeros(len(token), len(token), dtype=int), []
     for rank in range(world):
         q = torch.empty(len(held[rank]), 1, 1)
-        its_steps = context_parallel.steps(q, starts // world if packed else None, True, rank, world)
+        its_steps = context_parallel.steps(q, starts // world if packed else None, (None, 0), rank, world)
         before = met.sum()
-        for i, (queries, keys, causal) in enumerate(its_steps):
-            rows, columns = held[rank][queries.rows], held[(rank - i) % world][keys.rows]
+        for i, (call,) in enumerate(its_steps):
+            rows, columns = held[rank][call.queries.rows], held[(rank - i) % world][call.keys.rows]
             seen = sequence[rows][:, None] == sequence[columns]
-            if causal:
+            if call.right == 0:
                 seen &= token[rows][:, None] >= token[columns]
             met[rows[:, None], columns] += seen
         work.append(met.sum() - before)
     assert met.equal(((sequence[:, None] == sequence) & (token[:, None] >= token)).long())
     assert len(set(map(int, work))) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_pair_in_a_window_is_met_once(world: int) -> None:
+    """By calls whose diagonal ends at the bottom right, and none of which is for nothing."""
+    total, half = 8 * world, 4
+    token = torch.arange(total)
+    held = [shard(token, rank, world, dim=0) for rank in range(world)]
+    limits = (None, 0, 1, 3, 4, 5, 9, 30)
+    for window in itertools.product(limits, limits):
+        if window in ((None, None), (None, 0)):
+            continue
+        met = torch.zeros(total, total, dtype=int)
+        for rank in range(world):
+            its_steps = context_parallel.steps(torch.empty(2 * half, 1, 1), None, window, rank, world)
+            for i, calls in enumerate(its_steps):
+                for call in calls:
+                    rows, columns = held[rank][call.queries.rows], held[(rank - i) % world][call.keys.rows]
+                    seen = in_window(len(rows), len(columns), call.left, call.right)
+                    assert seen.any()
+                    met[rows[:, None], columns] += seen
+        assert met.equal(in_window(total, total, *window).long())
+
+
+def in_window(queries: int, keys: int, left: int | None, right: int | None) -> Tensor:
+    away = torch.arange(keys) - (torch.arange(queries)[:, None] + keys - queries)
+    seen = torch.ones(queries, keys, dtype=bool)
+    if left is not None:
+        assert left >= 0
+        seen &= away >= -left
+    if right is not None:
+        assert right >= 0
+        seen &= away <= right
+    return seen
