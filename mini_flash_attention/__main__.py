@@ -57,7 +57,8 @@ def precompile(arguments: argparse.Namespace) -> None:
         if not arguments.all:
             configs = _chosen(configs, arguments)
         compiled = compile.precompile(configs, arguments.jobs)
-        print(f"{compiled} kernels compiled, {len(configs) - compiled} were in {cache.directory()}")
+        where = cache.directory() if wheel.installed(compile.made_for()) is None else "the cache or the wheel"
+        print(f"{compiled} kernels compiled, {len(configs) - compiled} were in {where}")
         if arguments.wheel:
             entries = {compile.library(row) for row in configs}
             print(f"{len(entries)} kernels in {wheel.write(arguments.wheel, entries, compile.made_for())}")

@@ -471,6 +471,8 @@ def attention(
             raise NotImplementedError("dropout_p: not of a DTensor, whose parts would drop the same elements")
     if dropout_p and return_attn_probs:
         raise NotImplementedError("return_attn_probs: S_dmask is for tests of plain calls")
+    if not isinstance(num_splits, int | torch.SymInt):
+        checks.splits(num_splits)
     left, right = _window(window_size)
     score = scale, checks.flag("causal", causal), left, right, softcap
     return_attn_probs = checks.flag("return_attn_probs", return_attn_probs)

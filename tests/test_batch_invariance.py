@@ -75,6 +75,10 @@ def assert_as_alone(device: torch.device, seed: int, pages: bool) -> None:
         (k, table), (v, _) = (paged(Random(seed), x, keys, size) for x in (k, v))
         return flash_attn_varlen_func(q, k, v, *lengths, block_table=table, **options)[:2]
 
+    if random.random() < 0.3:
+        options["s_aux"] = 3 * torch.randn(heads, device=device)
+    if random.random() < 0.3:
+        options["alibi_slopes"] = torch.rand(heads, device=device)
     out, lse = attend(q, k, v, queries, keys)
     for b, (rows, its) in enumerate(zip(spans(queries), spans(keys), strict=True)):
         alone = attend(q[rows], k[its], v[its], [queries[b]], [keys[b]])
@@ -115,6 +119,23 @@ def test_caches(any_path: torch.device, seqlen_q: int) -> None:
             assert torch.equal(out[one], alone[0]) and torch.equal(lse[one], alone[1]), (seed, b, options)
 
 
+def test_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of splits reaches the backend through the operators."""
+    q, k = torch.randn(9, 4, 16), torch.randn(9, 2, 16)
+    where = starts([4, 5], q.device), starts([4, 5], q.device), 5, 5
+    problems, forward = [], backend.forward
+    monkeypatch.setattr(backend, "forward", lambda *call: problems.append(call[0]) or forward(*call))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(q: Tensor, num_splits: int) -> Tensor:
+        return flash_attn_varlen_func(q, k, k, *where, causal=True, num_splits=num_splits)
+
+    for num_splits in (1, 7):
+        assert function(q, num_splits).equal(flash_attn_varlen_func(q, k, k, *where, causal=True))
+        assert problems[0].num_splits == num_splits
+        problems.clear()
+
+
 class Chosen(Exception):
     """Instead of a launch: what would run."""
 
@@ -128,15 +149,13 @@ def chosen(request: pytest.FixtureRequest, pretended_gpu: None, monkeypatch: pyt
     def kernel(call: Any, *arguments: Any, **options: Any) -> Any:
         """The kernel with its tiles and its mask, and the number of splits."""
 
-        def stop(plan: Any, *_: Any) -> None:
+        def stop(plan: Any, problem: Any, x: Any, ragged: Any, *_: Any) -> None:
             tiles = plan.launch
-            if tiles.kernel.startswith("forward"):
-                tiles = tiles.at(arguments[0].shape[1] if call is flash_attn_with_kvcache else longest)
+            if tiles.kernel.startswith("forward"):  # as the kernel's launch chooses them
+                tiles = tiles.at(ragged.longest)
             raise Chosen(tiles, getattr(plan, "num_splits", None))
 
-        longest = arguments[5] if call is flash_attn_varlen_func else 0
-        for name in ("forward", "with_cache"):
-            monkeypatch.setattr(backend.run, name, stop)
+        monkeypatch.setattr(backend.run, "attend", stop)
         with pytest.raises(Chosen) as raised:
             call(*arguments, **options)
         return raised.value.args

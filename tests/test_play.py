@@ -46,7 +46,7 @@ def opened(browser: Any, width: int = 1200, scheme: str = "light") -> Iterator[A
     complaints: list[str] = []
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, url = context.new_page(), PAGE.as_uri()
-    page.set_default_timeout(5000)
+    page.set_default_timeout(30000)
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: complaints.append(request.url) if request.url != url else None)

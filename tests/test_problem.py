@@ -399,6 +399,11 @@ def test_facts_of_a_cache() -> None:
     )
     assert cache() == cache(**ROTARY) == cache(cache_seqlens=None) == plain
     assert cache(num_splits=128) == replace(plain, num_splits=128)
+    # A limit that hides nothing is kept where the batch must not decide; too large for 32 bits it is none.
+    one = replace(plain, num_splits=1)
+    assert cache(num_splits=1, window_size=(2**31 - 1, 2**40)) == one
+    assert cache(num_splits=1, window_size=(1000, 0)) == replace(one, window_left=1000, window_right=0)
+    assert cache(window_size=(1000, -1)) == plain
     paged = replace(plain, seqlen_k=20, page_size=4)
     assert cache(k_cache=PAGES, block_table=TABLE) == paged
     assert cache(k_cache=PAGES, block_table=TABLE[:1], cache_batch_idx=USED) == paged

@@ -89,6 +89,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_every_page(site: Path) -> None:
     """Its Markdown is a page, its HTML is the same file, a step of the ladder shows its program."""
     kernels = (ROOT / "mini_flash_attention/kernels").rglob("*.md")
@@ -102,16 +103,19 @@ def test_every_page(site: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_no_dead_links(site: Path) -> None:
     assert dead_links(site) == []
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     assert fetched(site) == []
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_every_public_name(site: Path) -> None:
     reference = Page(site / "docs/api.html")
     of_masks = [name for name, x in vars(masks).items() if getattr(x, "__module__", "") == masks.__name__]

@@ -61,8 +61,11 @@ def signed(x: Tensor, sign: int) -> Tensor:
     return x if sign > 0 else -x
 
 
-def ragged(problem: Problem, layout: Layout, added: int = 0) -> Ragged:
-    """Where each sequence lies. added: keys that this call has appended to each."""
+def ragged(problem: Problem, layout: Layout, added: int = 0, longest: int | None = None) -> Ragged:
+    """Where each sequence lies.
+
+    added: keys that this call has appended to each. longest: by which sequence of q tiles are chosen.
+    """
     cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx, block_table, keys = layout
     none, no_table, _ = memory.not_given(problem.device.index)
     given = (
@@ -83,7 +86,7 @@ def ragged(problem: Problem, layout: Layout, added: int = 0) -> Ragged:
         problem.seqlen_k if keys is None else keys,
         added,
         problem.batch,
-        problem.longest_q,
+        problem.longest_q if longest is None else longest,
     )
     return record(Ragged, fields)
 

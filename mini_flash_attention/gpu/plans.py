@@ -6,7 +6,6 @@ decoding pays, which kernel is compiled, over how many splits, in which order of
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +132,7 @@ def attention(problem: Problem, path: str) -> ForwardPlan | DecodePlan:
 def forward(problem: Problem, path: str) -> ForwardPlan:
     device, num_sms = problem.device.index, sms(problem)
     row = forward_config(problem, path, arch_of(problem))
-    tiles = row.at(problem.longest_q)
+    tiles = row.at(problem.tiled_for)
     persistent: tuple[Any, ...] = ()
     if row.kernel == "forward.sm90":
         m_blocks = -(-problem.seqlen_q // tiles.tile_m) * problem.batch
@@ -189,10 +188,7 @@ def forward_config(problem: Problem, path: str, arch: str) -> config.ForwardConf
         if path == "sm80":
             page = 1
     features = _features(problem)
-    row = config.forward(path, arch, *_facts(problem), **features, page=page, sinks=problem.sinks)
-    if problem.num_splits == 1 and problem.packed_q and isinstance(row, config.ForwardSm90):
-        row = replace(row, short=None, short_seqlen=0)  # one shape of tiles, whatever sequence is the longest
-    return row
+    return config.forward(path, arch, *_facts(problem), **features, page=page, sinks=problem.sinks)
 
 
 def backward_config(problem: Problem, path: str, arch: str) -> config.BackwardConfig:

@@ -1,5 +1,7 @@
 """A call on the GPU: plans meet tensors. Each function runs with the plan's device as the current one."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,8 @@ from mini_flash_attention.gpu import fast, inputs
 from mini_flash_attention.gpu.plans import AppendPlan, BackwardPlan, DecodePlan, ForwardPlan
 from mini_flash_attention.kernels.calls import Backward, Ragged, record
 from mini_flash_attention.problem import CacheUpdate, Inputs, Layout, Maybe, Problem
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 AttentionPlan = ForwardPlan | DecodePlan
 DENSE = Layout()  # every sequence has a row of k, and fills it
@@ -20,7 +24,7 @@ def forward(
     layout = x.layout
     if layout is None and type(plan) is DecodePlan:
         layout = DENSE
-    ragged = None if layout is None else inputs.ragged(problem, layout)
+    ragged = None if layout is None else inputs.ragged(problem, layout, longest=problem.tiled_for)
     return attend(plan, problem, x, ragged, out, with_lse)
 
 
@@ -123,7 +127,7 @@ def nothing(problem: Problem, x: Inputs) -> tuple[Tensor, Tensor]:
     batch, seqlen_q, heads, _ = x.q.shape
     lse = x.q.new_full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float32)
     if x.s_aux is not None:
-        sinks = x.s_aux.float().unsqueeze(-1)
+        sinks = (x.s_aux.float() * LOG2_E * LN_2).unsqueeze(-1)  # with the kernels' roundings
         used: int | Tensor = seqlen_q
         if problem.packed_q:
             used = x.layout.cu_seqlens_q[-1]

@@ -1,7 +1,8 @@
 """A wheel of compiled kernels: where it is installed beside this package, nothing needs to be compiled.
 
 It is a Python package of entries, each a file as the cache has it, with what they were made for. They are
-checked like the cache's but for their owner: who may write where packages are installed may change this one.
+checked like the cache's but for their owner: who may write where Python imports from may change
+this package too.
 """
 
 import base64
@@ -36,7 +37,7 @@ def installed(made_for: tuple[str, ...]) -> Path | None:
         try:
             its = json.loads((folder / MADE_FOR).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            its = "something unknown"
+            its = None
         if its == list(made_for):
             return folder
         text = f"{NAME} is for {_said(its)}, not for {_said(made_for)}, and not used: make it anew"
@@ -44,9 +45,12 @@ def installed(made_for: tuple[str, ...]) -> Path | None:
     return None
 
 
-def _said(made_for: Iterable[str]) -> str:
-    """Of the sources, whose hash comes last, its beginning."""
-    return made_for if isinstance(made_for, str) else " ".join(word[:12] for word in made_for)
+def _said(made_for: object) -> str:
+    """The versions, and of the sources, whose hash comes last, its beginning."""
+    if not isinstance(made_for, list | tuple) or not made_for:
+        return "something unknown"
+    *versions, sources = map(str, made_for)
+    return " ".join([*versions, sources[:12]])
 
 
 def write(folder: Path, entries: Iterable[Path], made_for: tuple[str, ...]) -> Path:
@@ -59,7 +63,9 @@ def write(folder: Path, entries: Iterable[Path], made_for: tuple[str, ...]) -> P
     try:
         with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in _files(info, entries, made_for, platform):
-                archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+                file = zipfile.ZipInfo(name)
+                file.external_attr = 0o644 << 16  # for all to read
+                archive.writestr(file, content, zipfile.ZIP_DEFLATED)
                 digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
                 record += f"{name},sha256={digest},{len(content)}\n"
             archive.writestr(zipfile.ZipInfo(f"{info}/RECORD"), f"{record}{info}/RECORD,,\n")

@@ -122,12 +122,15 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """_flash_attention_forward, of (batch, seqlen, heads, head_dim) or of packed sequences."""
-    if dropout_p and (debug_mask or num_splits):  # PyTorch's kernel would run, and our backward draw anew
+    splits_dense = num_splits and cu_q is None
+    if dropout_p and (debug_mask or splits_dense):  # PyTorch's kernel would run, and our backward draw anew
         raise ValueError("dropout_p: not with debug_mask or num_splits while integrations.sdpa is active")
     if alibi_slopes is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("alibi_slopes: PyTorch's backward does not get them; call flash_attn_varlen_func")
     if debug_mask:
         raise NotImplementedError("debug_mask: S_dmask is not in the form that PyTorch means")
+    if splits_dense:
+        raise NotImplementedError("num_splits: of packed sequences alone")
     seed = ops.draw_seed(q.device) if dropout_p else None
     score = scale, causal, _side(window_size_left), _side(window_size_right), 0.0
     layout = cu_q, cu_k, seqused_k, block_table, None if cu_q is None else max_q

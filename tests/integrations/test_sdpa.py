@@ -12,6 +12,7 @@ from torch.nn import attention
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 import mini_flash_attention as mini
+from mini_flash_attention import backend
 from mini_flash_attention.integrations import sdpa
 
 aten = torch.ops.aten
@@ -92,6 +93,19 @@ def test_varlen_pages_and_out(hook) -> None:
     result = attention.varlen.varlen_attn_out(torch.empty_like(q), q, *pages, starts, None, 17, 12, **options)
     torch.testing.assert_close(result, wanted)
     assert hook["_flash_attention_forward_no_dropout_inplace"] == 1
+
+
+@pytest.mark.skipif(not NEW, reason="torch 2.12")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_num_splits_reaches_the_kernels(hook, compiled, monkeypatch) -> None:
+    """PyTorch's word for batch invariance."""
+    tensors, starts = packed()
+    problems, forward = [], backend.forward
+    monkeypatch.setattr(backend, "forward", lambda *x: problems.append(x[0]) or forward(*x))
+    function = lambda *t: varlen_attn(*t, starts, starts, 17, 17, num_splits=1)  # noqa: E731
+    out = (torch.compile(function, fullgraph=True) if compiled else function)(*tensors)
+    assert {x.num_splits for x in problems} == {1} and hook["_flash_attention_forward"] == 1
+    gradients(out, tensors)
 
 
 def test_no_gradient_of_alibi(hook) -> None:

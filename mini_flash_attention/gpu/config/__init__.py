@@ -31,7 +31,6 @@ from mini_flash_attention.gpu.config.decode import (
 from mini_flash_attention.gpu.config.forward import (
     SM90_PAGES,
     ForwardConfig,
-    ForwardSm90,
     forward,
     forward_configs,
 )
