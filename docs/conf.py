@@ -43,7 +43,7 @@ html_static_path, html_css_files = ["site.css"], ["site.css"]
 html_copy_source = False
 
 KERNELS = "mini_flash_attention/kernels"
-HTML = re.compile(r"\[([^]]+)\]\(((?:[\w.]+/)*\w+\.html)\)")
+HTML = re.compile(r"\[([^]]+)\]\(((?:[\w.]+/)*\w+\.html(?:#[\w-]+)?)\)")
 HELP = re.compile(r"(?m)^<!-- help of (\w+) -->$")
 
 
