@@ -25,7 +25,7 @@ NAME = "MINI"
 def register() -> None:
     """Make "MINI" known to torch.nn.attention.activate_flash_attention_impl. Nothing else changes."""
     try:
-        from torch.nn.attention import register_flash_attention_impl
+        from torch.nn.attention import register_flash_attention_impl, restore_flash_attention_impl  # noqa: F401
     except ImportError as error:
         raise ImportError(f"integrations.sdpa needs PyTorch 2.11, not {torch.__version__}") from error
     register_flash_attention_impl(NAME, register_fn=Hook)

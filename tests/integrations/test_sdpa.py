@@ -15,6 +15,11 @@ import mini_flash_attention as mini
 from mini_flash_attention import backend
 from mini_flash_attention.integrations import sdpa
 
+if not hasattr(attention, "restore_flash_attention_impl"):
+    with pytest.raises(ImportError, match=r"needs PyTorch 2.11, not 2.10"):
+        sdpa.activate()
+    pytest.skip("PyTorch 2.10 cannot restore its own kernels", allow_module_level=True)
+
 aten = torch.ops.aten
 NEW = "seqused_k" in inspect.signature(varlen_attn).parameters  # torch 2.12
 
@@ -153,6 +158,14 @@ def test_activate_and_restore() -> None:
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     sdpa.restore()
     assert torch.backends.cuda.cudnn_sdp_enabled() and attention.current_flash_attention_impl() is None
+
+
+def test_without_a_way_back_it_does_not_begin(hook, monkeypatch) -> None:
+    """PyTorch 2.10 can be given other kernels, but not its own again."""
+    monkeypatch.delattr(attention, "restore_flash_attention_impl")
+    with pytest.raises(ImportError, match="needs PyTorch 2.11"):
+        sdpa.activate()
+    monkeypatch.undo()
 
 
 def test_restored_kernels() -> None:
