@@ -1,4 +1,4 @@
-"""A wheel of compiled kernels: where it is installed beside this package, nothing needs to be compiled.
+"""A wheel of compiled kernels: where it is installed beside this package, they need not be compiled.
 
 It is a Python package of entries, each a file as the cache has it, with what they were made for. They are
 checked like the cache's but for their owner: who may write where Python imports from may change
