@@ -51,7 +51,9 @@ def compute_dq(config: cutlass.Constexpr, call: Backward, setup: Setup, s: Share
     while more:
         it = add_tile(config, w, block, n, it)
         if const_expr(config.persistent):
-            # K has been read: into registers (dq_transposed), or the last wgmma has been waited for.
+            if const_expr(config.dq_transposed):
+                cute.arch.sync_warp()  # all lanes have K in registers: no query block may have shown it
+            # Else the last wgmma that reads K has been waited for.
             release(s.k_ring, n, cute.arch.lane_idx())
         block, more = next_tile(config, w, block, n)
         n += 1
