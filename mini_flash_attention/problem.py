@@ -19,7 +19,7 @@ from mini_flash_attention.checks import OUR_NAMES, STRIDED, Facts, Names, requir
 from mini_flash_attention.kernels.calls import record
 from mini_flash_attention.scores.capture import Function, Scoring, built_in, capture
 
-ENDLESS = 1 << 30  # as a window's limit, none; kernels add two of such numbers in 32 bits
+ENDLESS = 1 << 30  # more than any length; kernels add two such numbers in 32 bits
 CACHE_NAMES = OUR_NAMES | {"k": "k_cache", "v": "v_cache"}
 
 # None, where another fact of the call says so, as dropout_p does of the seed. Whoever goes by that fact need
@@ -500,7 +500,7 @@ def _with_options(
         left = None
     if not keep_window and right is not None and right >= problem.seqlen_q - 1:
         right = None
-    left, right = (None if x is not None and x >= ENDLESS else x for x in (left, right))
+    left, right = (None if x is None else min(x, ENDLESS) for x in (left, right))
     scale = problem.head_dim**-0.5
     if softmax_scale is not None:
         scale = checks.number("softmax_scale", softmax_scale, compute)

@@ -399,9 +399,13 @@ def test_facts_of_a_cache() -> None:
     )
     assert cache() == cache(**ROTARY) == cache(cache_seqlens=None) == plain
     assert cache(num_splits=128) == replace(plain, num_splits=128)
-    # A limit that hides nothing is kept where the batch must not decide; too large for 32 bits it is none.
+    # A limit that hides nothing is kept where the batch must not decide, and where rotation asks for it; but
+    # not so large that sums of 32 bits overflow.
     one = replace(plain, num_splits=1)
-    assert cache(num_splits=1, window_size=(2**31 - 1, 2**40)) == one
+    endless = dict(window_left=2**30, window_right=2**30)
+    assert cache(num_splits=1, window_size=(2**31 - 1, 2**40)) == replace(one, **endless)
+    assert cache(**ROTARY, window_size=(2**31 - 1, 2**40)) == replace(plain, **endless)
+    assert cache(window_size=(2**31 - 1, 2**40)) == plain
     assert cache(num_splits=1, window_size=(1000, 0)) == replace(one, window_left=1000, window_right=0)
     assert cache(window_size=(1000, -1)) == plain
     paged = replace(plain, seqlen_k=20, page_size=4)
