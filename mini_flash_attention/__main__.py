@@ -123,7 +123,7 @@ def _wheel() -> str:
         folder = wheel.installed(compile.made_for())
     except ImportError as error:
         return f"cannot be used: {error}"
-    return "none that fits" if folder is None else f"{folder}: {len(cache.entries(folder))} kernels"
+    return "none that fits" if folder is None else f"{folder}: {len(cache.entries_in(folder))} kernels"
 
 
 def _show(name: str, value: str) -> None:

@@ -25,12 +25,11 @@ from emulator import kernels
 from emulator.kernels import Options
 from error_rule import check_forward, check_gradients
 from score_functions import MASKS, SCORES, functions
-from test_emulator import CAUSAL, DROPOUT, SINKS, SM80, SM90, WINDOW, dense, integers, row_of, spans
+from test_emulator import CAUSAL, DROPOUT, SINKS, SM80, SM90, WINDOW, attended, dense, integers, row_of, spans
 from test_emulator import random as normal
 
 from mini_flash_attention import create_block_mask
 from mini_flash_attention.gpu import config
-from mini_flash_attention.reference import attention
 
 LENGTHS = (60, 0, 30, 5), (90, 20, 40, 0)  # of packed sequences
 HEAD_DIMS = {"sm80": (64, 96, 128), "sm90": (64, 96, 128, 192, 256)}
@@ -105,10 +104,7 @@ def check(x: Combination) -> None:
             its = q[:, rows], k[:, keys], v[:, keys]
             check_forward(out[:, rows], lse[:, :, rows], *its, **reference)
         return
-    out, lse = torch.zeros_like(q), torch.full((1, q.shape[2], q.shape[1]), -torch.inf)
-    for rows, keys, reference in parts:
-        right = attention(q[:, rows], k[:, keys], v[:, keys], **reference, dtype=torch.float32)
-        out[:, rows], lse[:, :, rows] = right[0].to(q.dtype), right[1]
+    out, lse = attended(q, k, v, parts)
     dout, dlse = normal(*out.shape, dtype=q.dtype), torch.randn_like(lse) if x.with_dlse else None
     gradients = kernels.backward(
         row, q, k, v, out, dout, lse, dlse, x.options, sequences, num_sms=1, heads_per_tile=x.heads_per_tile

@@ -380,6 +380,17 @@ def test_a_sequence_is_as_alone(case: dict, window: tuple) -> None:
         assert torch.equal(out[:, rows], out_alone) and torch.equal(lse[:, :, rows], lse_alone)
 
 
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, parts: list[tuple[slice, slice, dict]]
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the formula. parts: rows of q, the keys that they see, options of the reference."""
+    out, lse = torch.zeros_like(q), torch.full((1, q.shape[2], q.shape[1]), -torch.inf)
+    for rows, keys, options in parts:
+        part = attention(q[:, rows], k[:, keys], v[:, keys], **options, dtype=torch.float32)
+        out[:, rows], lse[:, :, rows] = part[0].to(q.dtype), part[1]
+    return out, lse
+
+
 def spans(cu_seqlens: Tensor) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
 
@@ -470,13 +481,12 @@ def test_backward(name: str) -> None:
 def test_ragged_backward(case: dict, options: Options, features: dict) -> None:
     cu_q, cu_k = (integers(0, *torch.tensor(x).cumsum(0)) for x in (LENGTHS_Q, LENGTHS_K))
     q, k, v = dense(case, sq=int(cu_q[-1]), sk=int(cu_k[-1]))
-    out, lse = torch.zeros_like(q), torch.full((1, q.shape[2], q.shape[1]), -torch.inf)
-    parts = []
-    for b, (rows, keys) in enumerate(zip(spans(cu_q), spans(cu_k), strict=True)):
-        if q[:, rows].numel():
-            parts.append((rows, keys, options.reference(q[:, rows], k[:, keys], b)))
-            part = attention(q[:, rows], k[:, keys], v[:, keys], **parts[-1][2], dtype=torch.float32)
-            out[:, rows], lse[:, :, rows] = part[0].to(q.dtype), part[1]
+    parts = [
+        (rows, keys, options.reference(q[:, rows], k[:, keys], b))
+        for b, (rows, keys) in enumerate(zip(spans(cu_q), spans(cu_k), strict=True))
+        if q[:, rows].numel()
+    ]
+    out, lse = attended(q, k, v, parts)
     dout = random(*out.shape, dtype=q.dtype)
     row = row_of(config.backward, case, options, ragged=True, **features)
     sequences = kernels.ragged(

@@ -65,16 +65,19 @@ def _absolute(path: str) -> Path:
         raise FileNotFoundError(str(error)) from error
 
 
-def entries(folder: Path | None = None) -> list[Path]:
-    """Returns the files of all kernels in the folder; without one in the cache, also those of other versions.
+def entries() -> list[Path]:
+    """Returns the files of all kernels in the cache, also those of other versions.
 
     OSError: there is no such directory for this user, or it cannot be trusted.
     """
-    if folder is None:
-        folder = directory()
-        if not folder.exists():
-            return []
-        _require_trusted_directory(folder)
+    folder = directory()
+    if not folder.exists():
+        return []
+    _require_trusted_directory(folder)
+    return entries_in(folder)
+
+
+def entries_in(folder: Path) -> list[Path]:
     return [path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}")]
 
 

@@ -122,8 +122,7 @@ def _found(name: str) -> Path | None:
 
 
 def _entry_name(config: KernelConfig) -> str:
-    *versions, sources = made_for()
-    facts = repr((config, tuple(versions), sources))
+    facts = repr((config, made_for()))
     return f"{config.kernel}-{config.arch}-{hashlib.sha256(facts.encode()).hexdigest()[:32]}"
 
 

@@ -132,7 +132,7 @@ class Attention(FlashAttentionImpl):
             options |= dict(causal=of.causal, block_table=of.block_table, seqused_k=of.seq_lens)
         out = output[:tokens].view(tokens, self.num_heads, self.head_size)
         lengths = of.query_start_loc, starts_k, of.max_query_len, of.max_seq_len
-        options |= dict(window_size=window, out=out, s_aux=self.sinks)
-        options |= dict(num_splits=int(self.batch_invariant_enabled))  # else 0: chosen
+        num_splits = int(self.batch_invariant_enabled)  # else 0: chosen
+        options |= dict(window_size=window, out=out, s_aux=self.sinks, num_splits=num_splits)
         flash_attn_varlen_func(query[:tokens], key, value, *lengths, **options)
         return output
